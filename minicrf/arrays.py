@@ -1,0 +1,50 @@
+"""NumPy or CuPy: the one file that knows the difference.
+
+Every function of the package asks `array_module(x)` for the module its argument belongs to, so the
+same source runs on both and arrays of both kinds can live in one process.  No global switch.
+"""
+import numpy as np
+import scipy.sparse
+
+try:
+    import cupy
+    import cupyx.scipy.sparse
+except ImportError:
+    cupy = None
+
+
+def array_module(x):
+    """The module, numpy or cupy, that made the array x."""
+    return np if cupy is None else cupy.get_array_module(x)
+
+
+def sparse_module(x):
+    """The sparse matrices that go with the array x: scipy.sparse or cupyx.scipy.sparse."""
+    return scipy.sparse if array_module(x) is np else cupyx.scipy.sparse
+
+
+def gpu_available():
+    """True where cupy is installed and finds at least one CUDA device."""
+    try:
+        return cupy is not None and cupy.cuda.runtime.getDeviceCount() > 0
+    except cupy.cuda.runtime.CUDARuntimeError:   # the driver is missing or too old
+        return False
+
+
+def to_device(x, device):
+    """The array x (or nested list) on `device`, "cpu" or "gpu"; no copy where it is there already.
+
+    Raises ValueError for another device name, or for "gpu" where there is none.
+    """
+    if device == "cpu":
+        return to_host(x)
+    if device != "gpu":
+        raise ValueError(f"device: found {device!r}, expected 'cpu' or 'gpu'")
+    if not gpu_available():
+        raise ValueError("device: found 'gpu', but no CUDA device with cupy is available")
+    return cupy.asarray(x)
+
+
+def to_host(x):
+    """The array x as a NumPy array; no copy where it is one already."""
+    return np.asarray(x) if array_module(x) is np else cupy.asnumpy(x)

@@ -1,0 +1,69 @@
+"""Checkpoints: single .npz files with parameters, momentum and what a run needs to go on.
+
+Keys: the network's own (`conv1_1_w` ... `fc8_b`, `mean`), `crf_w`, `crf_log_sigma_...`, momentum as
+`velocity_KEY`, and `info`, a JSON text.  Written beside and renamed; read without pickle.
+"""
+import json
+import os
+
+import numpy as np
+
+from . import __version__, vgg, weights
+from .arrays import array_module, to_host
+
+
+def save(path, model, info, optimiser=None):
+    """Write everything a run needs to go on into one file.
+
+    info: dict that JSON can hold (class names, seed, iteration ...); version and preset are added.
+    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
+    """
+    arrays = {key: to_host(p) for key, p in model.net.params.items()}
+    if model.crf is not None:
+        arrays |= {f"crf_{key}": to_host(p) for key, p in model.crf.params.items()}
+    if optimiser is not None:
+        arrays |= {f"velocity_{key}": to_host(v) for key, v in optimiser.velocity.items()}
+    info = {**info, "version": __version__, "preset": model.net.preset}
+    arrays |= {"mean": model.mean, "info": np.array(json.dumps(info))}
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror}); what it held before is "
+                      "untouched") from None
+
+
+def read(path):
+    """(arrays, info) of a checkpoint.  Raises ValueError or OSError with one line."""
+    arrays = weights.read_npz(path)
+    try:
+        info = json.loads(str(arrays.pop("info")))
+        found = info["version"], info["preset"], info["iteration"], info["classes"], info["stage"]
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{path}: found no training state, expected a checkpoint of this "
+                         "project (for bare ImageNet weights use --stage unary)") from None
+    if found[0].split(".")[0] != __version__.split(".")[0]:
+        raise ValueError(f"{path}: found version {found[0]}, expected {__version__}")
+    return arrays, info
+
+
+def load_net(path, arrays, info):
+    """A network with a checkpoint's preset, classes and parameters."""
+    net = vgg.build(info["preset"], len(info["classes"]))
+    missing = weights.fill(net, arrays, path)
+    if missing:
+        raise ValueError(f"{path}: found no {', '.join(missing)}, expected all layers")
+    return net
+
+
+def load_velocity(path, arrays, optimiser):
+    """Restore the optimiser's momentum."""
+    for key, v in optimiser.velocity.items():
+        values = arrays.get(f"velocity_{key}")
+        if values is None or values.shape != v.shape:
+            raise ValueError(f"{path}: found no momentum for {key} of shape {v.shape}, expected a "
+                             "checkpoint that a training run left")
+        v[...] = array_module(v).asarray(values)

@@ -1,0 +1,333 @@
+"""Layers with their backward methods written by hand: what the network of Sec. 4.1 is made of.
+
+`forward(x, train)` keeps, when training, the least that backward needs; `backward(dy)` uses it up,
+returns dx = dLoss/dx and adds into `grads`.  dtype and device follow the input.
+Legend: B images, C input channels, O output channels, H x W pixels, k kernel size.
+"""
+import numpy as np
+
+from .arrays import array_module
+
+
+class Layer:
+    """A layer without parameters that leaves its input as it is; the others differ where they must.
+
+    kernel, stride, dilation and padding (before, after) describe the geometry of the output cells.
+    """
+    kernel, stride, dilation, padding = 1, 1, 1, (0, 0)
+
+    def __init__(self):
+        self.params, self.grads = {}, {}
+
+    def forward(self, x, train=False):
+        return x
+
+    def backward(self, dy):
+        return dy
+
+    def output_size(self, size):
+        """Output height (or width), in cells, for an input height (or width) of `size` cells."""
+        return (size + sum(self.padding) - (self.kernel - 1) * self.dilation - 1) // self.stride + 1
+
+
+def pad(x, before, after, value=0):
+    """x (..., H, W) with `before` and `after` rows and columns of `value` around it."""
+    if before == after == 0:
+        return x
+    xp = array_module(x)
+    *leading, H, W = x.shape
+    padded = xp.full((*leading, H + before + after, W + before + after), value, x.dtype)
+    padded[..., before:before + H, before:before + W] = x
+    return padded
+
+
+def column_blocks(x, kernel, dilation, padding):
+    """Yield (b, cells, columns): the input values under the kernel, for a block of output cells.
+
+    x: (B, C, H, W).  b: image; cells: slice of its flattened output map; columns: (C*k*k, n), whose
+    column i holds the C x k x k values that output cell i is computed from.  A block is a few rows,
+    small enough to stay in the processor's cache and large enough to keep the matrix product busy;
+    all blocks share one buffer, so each is valid until the next one is asked for.
+    """
+    xp = array_module(x)
+    B, C, H, W = x.shape
+    if kernel == 1 and padding == 0:                                     # nothing to gather
+        for b in range(B):
+            yield b, slice(0, H * W), x[b].reshape(C, H * W)             # (C, n)
+        return
+    reach = (kernel - 1) * dilation
+    H_out, W_out = H + 2 * padding - reach, W + 2 * padding - reach
+    column_bytes = C * kernel * kernel * x.itemsize
+    cells = 2 ** 28 // column_bytes
+    if xp is np:
+        cells = min(cells, max(512, 2 ** 22 // column_bytes))
+    rows = min(H_out, max(1, cells // W_out))
+    buffer = xp.empty(C * kernel * kernel * rows * W_out, x.dtype)
+    for b in range(B):
+        image = pad(x[b], padding, padding)                              # (C, H+2p, W+2p)
+        for top in range(0, H_out, rows):
+            n = min(rows, H_out - top)
+            columns = buffer[:C * kernel * kernel * n * W_out]
+            columns = columns.reshape(C, kernel, kernel, n, W_out)
+            for i in range(kernel):
+                for j in range(kernel):
+                    y0, x0 = top + i * dilation, j * dilation
+                    columns[:, i, j] = image[:, y0:y0 + n, x0:x0 + W_out]
+            yield b, slice(top * W_out, (top + n) * W_out), columns.reshape(-1, n * W_out)
+
+
+def correlate(x, w, dilation, padding, b=None):
+    """y[., o, h, v] = b_o + sum over c, i, j of w[o, c, i, j] x[., c, h + i*dilation, v + j*dilation].
+
+    x: (B, C, H, W), padded with `padding` zeros on every side; w: (O, C, k, k); b: (O,) or None.
+    Returns y (B, O, H_out, W_out), H_out = H + 2 padding - (k - 1) dilation.
+    """
+    xp = array_module(x)
+    O, _, kernel, _ = w.shape
+    shrink = (kernel - 1) * dilation - 2 * padding
+    H_out, W_out = x.shape[2] - shrink, x.shape[3] - shrink
+    y = xp.empty((len(x), O, H_out * W_out), x.dtype)
+    matrix = w.reshape(O, -1)                                            # (O, C*k*k)
+    for image, cells, columns in column_blocks(x, kernel, dilation, padding):
+        block = y[image, :, cells]                                       # (O, n), a view
+        xp.matmul(matrix, columns, out=block)
+        if b is not None:
+            block += b[:, None]
+    return y.reshape(len(x), O, H_out, W_out)
+
+
+class Conv2d(Layer):
+    """Convolution with holes (à trous), stride 1: kernel taps `dilation` cells apart.
+
+    params: w (O, C, k, k), drawn as He et al. (2015), and b (O,), zero.
+    """
+
+    def __init__(self, channels_in, channels_out, kernel, dilation=1, padding=0, rng=None,
+                 dtype=np.float32):
+        super().__init__()
+        self.kernel, self.dilation, self.padding = kernel, dilation, (padding, padding)
+        rng = rng or np.random.default_rng(0)
+        shape = (channels_out, channels_in, kernel, kernel)
+        w = rng.standard_normal(shape, dtype=dtype)
+        w *= dtype(np.sqrt(2 / (channels_in * kernel * kernel)))
+        self.params = {"w": w, "b": np.zeros(channels_out, dtype)}
+        self.grads = {name: np.zeros_like(p) for name, p in self.params.items()}
+        self.needs_dx = True     # False spares the first layer the gradient of the photograph
+
+    def forward(self, x, train=False):
+        """x (B, C, H, W) -> y (B, O, H_out, W_out)."""
+        if train:
+            self.x = x
+        return correlate(x, self.params["w"], self.dilation, self.padding[0], self.params["b"])
+
+    def backward(self, dy):
+        """dy (B, O, H_out, W_out) -> dx (B, C, H, W), or None where needs_dx is False."""
+        xp = array_module(dy)
+        x, self.x = self.x, None
+        w, dw = self.params["w"], self.grads["w"]
+        O = len(w)
+        cells_dy = dy.reshape(len(dy), O, -1)                            # (B, O, H_out*W_out)
+
+        # forward: y = w columns(x) + b
+        self.grads["b"] += cells_dy.sum(axis=(0, 2))
+        dw_matrix = dw.reshape(O, -1)                                    # (O, C*k*k), a view
+        for image, cells, columns in column_blocks(x, self.kernel, self.dilation, self.padding[0]):
+            dw_matrix += cells_dy[image, :, cells] @ columns.T
+        if not self.needs_dx:
+            return None
+
+        # Input cell c reaches output cell c - tap: dx is dy correlated with the kernel turned by 180
+        # degrees, channels exchanged, padded so that the sizes come out as they went in.
+        turned = xp.ascontiguousarray(w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))   # (C, O, k, k)
+        return correlate(dy, turned, self.dilation,
+                         (self.kernel - 1) * self.dilation - self.padding[0])
+
+
+class ReLU(Layer):
+    """y = max(x, 0), in place: the layer before needs its input for backward, never its output."""
+
+    def forward(self, x, train=False):
+        """x -> y, any shape; overwrites x."""
+        xp = array_module(x)
+        y = xp.maximum(x, 0, out=x)
+        if train:
+            self.y = y           # the next layer keeps the same array: no memory of its own
+        return y
+
+    def backward(self, dy):
+        """dy -> dx, any shape; overwrites dy."""
+        y, self.y = self.y, None
+        # forward: y = max(x, 0)
+        dy *= y > 0
+        return dy
+
+
+class MaxPool2d(Layer):
+    """Maximum over k x k taps, `dilation` cells apart; -inf outside, `padding` = (before, after)."""
+
+    def __init__(self, kernel=2, stride=2, dilation=1, padding=(0, 0)):
+        super().__init__()
+        self.kernel, self.stride, self.dilation, self.padding = kernel, stride, dilation, padding
+
+    def taps(self, padded, H_out, W_out):
+        """The k*k strided views of padded (..., H+p, W+p), each (..., H_out, W_out), in tap order."""
+        for i in range(self.kernel):
+            for j in range(self.kernel):
+                y0, x0 = i * self.dilation, j * self.dilation
+                yield padded[..., y0:y0 + self.stride * (H_out - 1) + 1:self.stride,
+                             x0:x0 + self.stride * (W_out - 1) + 1:self.stride]
+
+    def forward(self, x, train=False):
+        """x (B, C, H, W) -> y (B, C, H_out, W_out)."""
+        xp = array_module(x)
+        H_out, W_out = self.output_size(x.shape[2]), self.output_size(x.shape[3])
+        y = xp.empty((*x.shape[:2], H_out, W_out), x.dtype)
+        winner = xp.zeros(y.shape, xp.uint8) if train else None
+        for b in range(len(x)):                     # one image at a time: it stays in the cache
+            taps = self.taps(pad(x[b], *self.padding, value=-np.inf), H_out, W_out)
+            y[b] = next(taps)
+            for number, tap in enumerate(taps, start=1):
+                if train:                           # ties go to the first tap
+                    xp.copyto(winner[b], number, where=tap > y[b])
+                xp.maximum(y[b], tap, out=y[b])
+        if train:
+            self.winner, self.shape_in = winner, x.shape
+        return y
+
+    def backward(self, dy):
+        """dy (B, C, H_out, W_out) -> dx (B, C, H, W)."""
+        xp = array_module(dy)
+        winner, self.winner = self.winner, None
+        B, C, H, W = self.shape_in
+        before, after = self.padding
+        dx = xp.empty(self.shape_in, dy.dtype)
+        for b in range(B):
+            padded = xp.zeros((C, H + before + after, W + before + after), dy.dtype)
+            # forward: y = x at the winning tap
+            for number, tap in enumerate(self.taps(padded, *dy.shape[2:])):
+                tap += dy[b] * (winner[b] == number)
+            dx[b] = padded[:, before:before + H, before:before + W]
+        return dx
+
+
+class Dropout(Layer):
+    """Zeroes each value with probability `rate` in training, and scales up the others to make up.
+
+    The mask is drawn from `seed` alone, which the training loop sets anew at each step: a run that
+    is resumed draws the masks of one that never stopped.  A ReLU below may see its kept output
+    overwritten here; what it then takes for inactive is what was dropped, whose gradient is zero.
+    """
+
+    def __init__(self, rate=0.5, seed=0):
+        super().__init__()
+        self.rate, self.seed = rate, seed
+
+    def forward(self, x, train=False):
+        """x -> y, any shape; overwrites x when training."""
+        if train and self.rate > 0:
+            xp = array_module(x)
+            rng = xp.random.default_rng(self.seed)
+            self.kept = rng.random(x.shape, dtype=xp.float32) >= self.rate
+            x *= self.kept
+            x *= x.dtype.type(1 / (1 - self.rate))
+        return x
+
+    def backward(self, dy):
+        """dy -> dx, any shape; overwrites dy."""
+        if self.rate > 0:
+            kept, self.kept = self.kept, None
+            # forward: y = x kept / (1 - rate)
+            dy *= kept
+            dy *= dy.dtype.type(1 / (1 - self.rate))
+        return dy
+
+
+class BilinearUpsample(Layer):
+    """Scores on the network's cells -> scores at every pixel of the original image.
+
+    step, centre: cell i lies at input pixel step * i + centre (Sequential.alignment); input_size: side
+    of the square that the image was resized to, in pixels.
+    """
+
+    def __init__(self, step, centre, input_size):
+        super().__init__()
+        self.step, self.centre, self.input_size = step, centre, input_size
+
+    def matrix(self, pixels, cells, like):
+        """R (pixels, cells), two entries a row: the interpolation weights along one direction.
+
+        Original pixel x lies at input pixel (x + 0.5) * input_size / pixels - 0.5; outside the
+        outermost cells the border's score holds.
+        """
+        x = (np.arange(pixels) + 0.5) * self.input_size / pixels - 0.5
+        at = np.clip((x - self.centre) / self.step, 0, cells - 1)
+        left = np.minimum(at.astype(int), max(cells - 2, 0))
+        R = np.zeros((pixels, cells))
+        R[np.arange(pixels), left] = 1 - (at - left)
+        R[np.arange(pixels), np.minimum(left + 1, cells - 1)] += at - left
+        return array_module(like).asarray(R.astype(like.dtype))
+
+    def forward(self, scores, size, train=False):
+        """scores (L, h, w), size (H, W) -> (H, W, L): labels last, as the CRF has them."""
+        xp = array_module(scores)
+        L, h, w = scores.shape
+        H, W = size
+        R_y, R_x = self.matrix(H, h, scores), self.matrix(W, w, scores)
+        S = xp.ascontiguousarray(scores.transpose(1, 2, 0)).reshape(h, w * L)       # (h, w*L)
+        if train:
+            self.R_y, self.R_x = R_y, R_x
+        return R_x @ (R_y @ S).reshape(H, w, L)                          # (W, w) @ (H, w, L)
+
+    def backward(self, dy):
+        """dy (H, W, L) -> dscores (L, h, w)."""
+        H, _, L = dy.shape
+        R_y, R_x = self.R_y, self.R_x
+        # forward: Y = R_y S R_x^T
+        dS = R_y.T @ (R_x.T @ dy).reshape(H, -1)                         # (h, w*L)
+        return dS.reshape(R_y.shape[1], R_x.shape[1], L).transpose(2, 0, 1)
+
+
+class Sequential(Layer):
+    """Layers by name, one after the other; params and grads are theirs, under "name_key"."""
+
+    def __init__(self, layers):
+        self.layers = dict(layers)
+
+    def __getitem__(self, name):
+        return self.layers[name]
+
+    @property
+    def params(self):
+        return {f"{name}_{key}": p for name, layer in self.layers.items()
+                for key, p in layer.params.items()}
+
+    @property
+    def grads(self):
+        return {f"{name}_{key}": g for name, layer in self.layers.items()
+                for key, g in layer.grads.items()}
+
+    def forward(self, x, train=False):
+        for layer in self.layers.values():
+            x = layer.forward(x, train)
+        return x
+
+    def backward(self, dy):
+        for layer in reversed(self.layers.values()):
+            dy = layer.backward(dy)
+        return dy
+
+    def output_size(self, size):
+        for layer in self.layers.values():
+            size = layer.output_size(size)
+        return size
+
+    def alignment(self):
+        """(step, centre), in input pixels: output cell i is centred at step * i + centre.
+
+        Each layer moves the centre by step * ((kernel - 1) * dilation / 2 - padding before).
+        """
+        step, centre = 1, 0.0
+        for layer in self.layers.values():
+            centre += step * ((layer.kernel - 1) * layer.dilation / 2 - layer.padding[0])
+            step *= layer.stride
+        return step, centre

@@ -1,0 +1,46 @@
+"""The loss of the paper, Eq. 6: minus the log-likelihood of the true labels under the marginals.
+
+One function serves both stages: the marginals are softmax(z), with z the unary scores f for the
+network alone and z = z^T, the logits of the last mean-field step, for the network with its CRF.
+Legend: N pixels, L labels.
+"""
+from .arrays import array_module
+
+VOID = 255     # the label of pixels that are not scored: object borders and difficult regions
+
+
+def softmax(z):
+    """exp(z) / sum exp(z) over the last axis: marginals, any shape (..., L) -> (..., L).
+
+    A label may be forbidden by z = -inf, as long as another one of its pixel is finite.
+    """
+    xp = array_module(z)
+    p = xp.exp(z - z.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def softmax_loss(z, labels):
+    """Eq. 6 divided by the number of labelled pixels, and its gradient, q - onehot(y).
+
+    z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.
+    Returns (loss, dz): a 0-d array (so that a GPU need not wait) and an (N, L) array.  Where no pixel
+    is labelled both are zero.  Written with log-sum-exp: neither log 0 nor 1/q can occur (Eq. 8 joined
+    with the softmax's Jacobian).
+    """
+    xp = array_module(z)
+    labelled = labels != VOID                                            # (N,)
+    weight = labelled.astype(z.dtype) / xp.maximum(labelled.sum(), 1).astype(z.dtype)   # (N,)
+    pixels = xp.arange(len(labels))
+    y = xp.where(labelled, labels, 0)                                    # (N,)
+
+    shifted = z - z.max(axis=-1, keepdims=True)                          # (N, L)
+    q = xp.exp(shifted)
+    total = q.sum(axis=-1, keepdims=True)                                # (N, 1)
+    loss = (weight * (xp.log(total[:, 0]) - shifted[pixels, y])).sum()
+
+    # forward: loss = sum_i weight_i (log sum_l exp z_il - z_i,y_i)
+    q /= total
+    q[pixels, y] -= 1
+    q *= weight[:, None]
+    return loss, q

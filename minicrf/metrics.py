@@ -1,0 +1,96 @@
+"""Intersection over union, VOC's measure of segmentation (paper, Sec. 4.2 and Table 1).
+
+One confusion matrix summed over a whole list of images, not an average over images.  Classes absent
+from the truth have no IoU (NaN) and are left out of means.  Legend: H x W pixels, L labels.
+"""
+import numpy as np
+import scipy.ndimage
+
+from .arrays import array_module, to_host
+from .losses import VOID
+
+
+def confusion_matrix(labels, predictions, n_classes):
+    """Pixel counts (L, L), int64: rows the true label, columns the predicted one, void left out.
+
+    labels: 0..n_classes-1, or VOID; predictions: 0..n_classes-1; integers, of equal, any shape.
+    Raises ValueError for unequal shapes and for labels out of range.
+    """
+    xp = array_module(labels)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"predictions: found shape {predictions.shape}, expected {labels.shape}")
+    scored = labels != VOID
+    truth, predicted = labels[scored].astype(np.int64), predictions[scored].astype(np.int64)
+    for name, values in (("labels", truth), ("predictions", predicted)):
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < n_classes:
+            raise ValueError(f"{name}: found {int(values.min())} to {int(values.max())}, "
+                             f"expected 0 to {n_classes - 1}")
+    counts = xp.bincount(truth * n_classes + predicted, minlength=n_classes ** 2)
+    return counts.reshape(n_classes, n_classes).astype(np.int64)         # (L, L)
+
+
+def iou(confusion):
+    """IoU of each class in percent, (L,): hits / (truth + predicted - hits); NaN without truth."""
+    return _iou(_counts(confusion))
+
+
+def mean_iou(confusion):
+    """Mean IoU in percent over the classes present in the truth; NaN where there is none."""
+    return float(_mean(iou(confusion)))
+
+
+def boundary_band(labels, width):
+    """The pixels within `width` pixels of a class boundary of the truth, (H, W) bool.
+
+    A pixel is in the band where another label lies no further than width from it, centre to centre.
+    Void counts as a label of its own: VOC draws it as a rim over the boundary itself, so the band is
+    the labelled pixels on either side, as in the trimaps of [Chen 2015].  Void pixels are in the mask
+    too; `confusion_matrix` leaves them out.  The picture's border is no boundary.  NumPy only.
+    """
+    band = np.zeros(labels.shape, bool)
+    present = np.unique(labels)
+    if len(present) > 1:
+        for label in present:
+            inside = labels == label
+            band |= inside & (scipy.ndimage.distance_transform_edt(inside) <= width)
+    return band
+
+
+def bootstrap_difference(a, b, samples=2000, seed=0):
+    """How sure a difference of two mean IoUs is: paired bootstrap over images.
+
+    a, b: (images, L, L) confusion matrices of the same images under two methods.  Images are drawn
+    with replacement, the same for both.  Returns (difference, (low, high), share): the mean IoU of a
+    minus that of b on all images, in points; the interval that holds 95% of the samples' differences;
+    the share of samples in which a is better.  Raises ValueError for unequal or empty input.
+    """
+    a, b = to_host(a), to_host(b)
+    if a.shape != b.shape or a.ndim != 3 or not len(a):
+        raise ValueError(f"a, b: found shapes {a.shape} and {b.shape}, "
+                         "expected equal ones, (images, L, L)")
+    # (samples, images): how often each image is drawn
+    drawn = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), samples)
+    means = [_mean(_iou(np.einsum("si,cil->csl", drawn, _counts(x)))) for x in (a, b)]
+    differences = means[0] - means[1]                                    # (samples,)
+    low, high = np.nanpercentile(differences, (2.5, 97.5))
+    return (mean_iou(a.sum(0)) - mean_iou(b.sum(0)), (float(low), float(high)),
+            float(np.mean(differences > 0)))
+
+
+def _counts(confusion):
+    """Hits, truth and predicted pixels of each class, (3, ..., L), of (..., L, L) matrices."""
+    confusion = to_host(confusion)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return np.stack([hits, confusion.sum(-1), confusion.sum(-2)])
+
+
+def _iou(counts):
+    hits, truth, predicted = counts.astype(np.float64)
+    return np.where(truth > 0, 100 * hits / np.maximum(truth + predicted - hits, 1), np.nan)
+
+
+def _mean(values):
+    """Mean over the last axis without the NaNs; NaN where there is nothing else."""
+    present = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(present, values, 0).sum(-1) / present.sum(-1)

@@ -1,0 +1,291 @@
+"""The permutohedral lattice: Gaussian filtering in any number of dimensions in O(N) [Adams 2010].
+
+Values are splatted onto the corners of the simplex around each feature, blurred along the lattice's
+d+1 directions and sliced back.  The paper needs it for the messages of Eq. 5 and of its back-tracking.
+Legend: N points, d feature dimensions, S distinct simplices, P lattice points, C columns of values.
+"""
+import copy
+
+import numpy as np
+
+from .arrays import array_module, sparse_module
+
+LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
+LARGEST_COORDINATE = 2**31  # in cells; float64 still resolves a point's place within its cell
+HASH_FACTORS = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xCA5A826395121157)    # any odd numbers
+
+
+class PermutohedralLattice:
+    """The linear map K ~ exp(-|F_i - F_j|^2 / 2) over N features F_i of d dimensions [Adams 2010].
+
+    K = alpha * slice @ B_d @ ... @ B_0 @ splat, with splat = slice^T and B_j the blur along axis j.
+    features: (N, d) floats, already divided by sigma: the kernel has unit width in every direction.
+    `diagonal` (N,) is K's own diagonal, the DESIGN's kappa: exact where no neighbour is missing.
+    Everything is in the features' dtype.  Raises ValueError where features are not (N, d), not finite,
+    or too far apart for their width.
+    """
+
+    def __init__(self, features):
+        cells, ranks, offsets = _enclosing_simplices(features)               # each (d+1, N)
+        weights = _barycentric(offsets, ranks)                               # (d+1, N)
+        corners, points = _corners(cells, ranks)                             # (N, d+1)
+        d = len(weights) - 1
+        self.alpha = 1 / (1 + 2.0**-d)
+        self.diagonal = self.alpha * _self_response(weights)                 # (N,)
+        self.slice = _sparse_rows(weights.T, corners, len(points))           # (N, P)
+        self.blurs = [_blur(points, axis, weights.dtype) for axis in range(d + 1)]
+
+    def filter(self, values):
+        """K @ values: (N, C) -> (N, C), unnormalised.  Raises ValueError for another N."""
+        v = self._splat(values)                                              # (P, C)
+        for blur in self.blurs:
+            v = blur @ v
+        return self.slice @ (self.alpha * v)
+
+    def filter_transpose(self, values):
+        """K^T @ values: (N, C) -> (N, C).  Each blur is symmetric, but their order is not."""
+        v = self._splat(values)                                              # (P, C)
+        for blur in reversed(self.blurs):
+            v = blur @ v
+        return self.slice @ (self.alpha * v)
+
+    def inner(self, a, b):
+        """<a, K b>, summed over the columns, for a and b (N, C): no need to slice.  A 0-d array."""
+        u, v = self._splat(a), self._splat(b)                                # (P, C)
+        for blur in self.blurs:
+            v = blur @ v
+        return self.alpha * (u * v).sum()
+
+    def scaled(self, s):
+        """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
+        other = copy.copy(self)
+        corners = self.slice.indices.reshape(len(s), -1)                     # (N, d+1)
+        weights = self.slice.data.reshape(corners.shape) * s[:, None]
+        other.slice = _sparse_rows(weights, corners, self.slice.shape[1])
+        other.diagonal = self.diagonal * s * s
+        return other
+
+    def _splat(self, values):
+        if values.ndim != 2 or len(values) != self.slice.shape[0]:
+            raise ValueError(f"values: found shape {values.shape}, "
+                             f"expected ({self.slice.shape[0]}, any): one row for each feature")
+        return self.slice.T @ values
+
+
+def _enclosing_simplices(features):
+    """Where each feature lies in the lattice: (cells, ranks, offsets), each (d+1, N).
+
+    Coordinates are in units of d+1, so that cells, the nearest remainder-0 point, are whole numbers
+    that sum to 0; offsets are what is left; ranks sort them, 0 for the largest.
+    """
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features: found shape {features.shape}, expected (N, d), neither of them 0")
+    xp = array_module(features)
+    d = features.shape[1]
+    reach = float(abs(features).max())
+    if not reach < LARGEST_COORDINATE:
+        raise ValueError(f"features: found magnitude {reach:g}, expected finite values under "
+                         f"{LARGEST_COORDINATE:g} kernel widths")
+    # float32 leaves too few digits for the place within the cell when there are many cells
+    elevated = _elevate(features.T if reach < 2**12 else features.T.astype(np.float64))
+
+    cells = xp.rint(elevated)
+    offsets = elevated - cells
+    ranks = xp.zeros(cells.shape, dtype=np.int16)
+    for i in range(d + 1):
+        for j in range(i + 1, d + 1):
+            smaller = offsets[i] < offsets[j]
+            ranks[i] += smaller
+            ranks[j] += ~smaller
+
+    # rounding each coordinate by itself may leave the plane: put those with the most extreme
+    # offsets right, which turns the order around
+    ranks += cells.sum(axis=0).astype(np.int16)
+    up = (ranks < 0).astype(np.int16) - (ranks > d).astype(np.int16)         # (d+1, N): -1, 0 or 1
+    ranks += (d + 1) * up
+    cells += up
+    return cells.astype(np.int64), ranks, (elevated - cells).astype(features.dtype)
+
+
+def _elevate(features):
+    """(d, N) features -> (d+1, N) coordinates in the plane where they sum to 0, in units of d+1.
+
+    Scaled so that splat, blur and slice together have unit variance [Adams 2010, Sec. 3.1].
+    """
+    xp = array_module(features)
+    d = len(features)
+    elevated = xp.empty((d + 1, features.shape[1]), dtype=features.dtype)
+    running = xp.zeros_like(elevated[0])
+    for j in range(d, 0, -1):
+        step = features[j - 1] * float(np.sqrt(2 / 3) / np.sqrt(j * (j + 1)))
+        elevated[j] = running - j * step
+        running += step
+    elevated[0] = running
+    return elevated
+
+
+def _barycentric(offsets, ranks):
+    """Weights of the simplex' corners of remainder 0..d, from offsets and ranks: (d+1, N)."""
+    xp = array_module(offsets)
+    d, n = len(offsets) - 1, offsets.shape[1]
+    sorted_offsets = xp.empty_like(offsets)
+    for i in range(d + 1):
+        sorted_offsets[ranks[i], xp.arange(n)] = offsets[i]
+    weights = xp.empty_like(offsets)
+    weights[0] = 1 + sorted_offsets[d] - sorted_offsets[0]
+    for r in range(1, d + 1):
+        weights[r] = sorted_offsets[d - r] - sorted_offsets[d + 1 - r]
+    return weights
+
+
+def _self_response(weights):
+    """sum_rs b_r b_s beta(|r - s|): what a point gets back of its own value, over alpha: (N,).
+
+    Corners r and s of one simplex meet by m = |r - s| of the d+1 blurs, or by the other d+1-m.
+    """
+    xp = array_module(weights)
+    d = len(weights) - 1
+    r = np.arange(d + 1)
+    m = abs(r[:, None] - r)                                                  # (d+1, d+1)
+    beta = xp.asarray(2.0**-m + 2.0**-(d + 1 - m), dtype=weights.dtype)      # 1 + 2^-(d+1) at m = 0
+    beta += xp.eye(d + 1, dtype=weights.dtype) * 2.0**-(d + 1)               # two ways around: 2^-d
+    return (weights * (beta @ weights)).sum(axis=0)
+
+
+def _corners(cells, ranks):
+    """The lattice points at the simplices' corners: numbers (N, d+1), and an index of the points.
+
+    A point of remainder r has the coordinates r + (d+1) m in the elevated plane, for whole m; its
+    column in the index is (m_0, ..., m_d-1, r): they sum to 0, so the last m is known.
+    """
+    xp = array_module(cells)
+    d = len(cells) - 1
+    # neighbouring pixels share simplices: find these first, then the corners of each only once
+    simplices = _Index(xp.concatenate([cells[:d], ranks[:d].astype(np.int64)]))
+    cells, ranks = simplices.columns[:d], simplices.columns[d:]              # (d, S) each
+    columns = xp.empty((d + 1, len(simplices), d + 1), dtype=np.int64)
+    for r in range(d + 1):
+        columns[:d, :, r] = cells - (ranks > d - r)
+        columns[d, :, r] = r
+    points = _Index(columns.reshape(d + 1, -1))                              # (d+1, S*(d+1))
+    return points.numbers.reshape(-1, d + 1)[simplices.numbers], points
+
+
+def _blur(points, axis, dtype):
+    """The sparse (P, P) matrix of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along the axis.
+
+    Neighbours that hold no pixel are missing and count as zero.
+    """
+    xp = array_module(points.columns)
+    d = len(points.columns) - 1
+    # p+ = p + 1 - (d+1) e_axis: the remainder grows by one, and d+1 carries into every m
+    after = points.columns.copy()                                            # (d+1, P)
+    after[d] += 1
+    carry = after[d] > d
+    after[:d] += carry
+    after[d, carry] = 0
+    if axis < d:
+        after[axis] -= 1
+    after = points.find(after)                                               # (P,), -1 if missing
+
+    p = xp.arange(len(points))
+    before = xp.full_like(after, -1)
+    before[after[after >= 0]] = p[after >= 0]
+    columns = xp.stack([p, after, before], axis=1)                           # (P, 3)
+    weights = xp.broadcast_to(xp.asarray([1, 0.5, 0.5], dtype=dtype), columns.shape)
+    return _sparse_rows(weights, columns, len(p))
+
+
+def _sparse_rows(weights, columns, width):
+    """The sparse (n, width) matrix with weights (n, k) at columns (n, k); columns < 0 are left out."""
+    xp = array_module(weights)
+    n, k = columns.shape
+    starts = xp.arange(0, n * k + 1, k, dtype=np.int32)                      # (n+1,)
+    present = columns >= 0
+    if not present.all():
+        starts[1:] = xp.cumsum(present.sum(axis=1))
+        weights, columns = weights[present], columns[present]
+    parts = weights.ravel(), columns.ravel().astype(np.int32, copy=False), starts
+    return sparse_module(weights).csr_matrix(parts, shape=(n, width))
+
+
+class _Index:
+    """The distinct columns of an integer (k, n) array, numbered in sorted order: exact, no sorting.
+
+    `columns` (k, len) are the distinct ones; `numbers` (n,) says which each of the n columns is.
+    """
+
+    def __init__(self, columns):
+        xp = array_module(columns)
+        self.low = [int(row.min()) for row in columns]
+        self.span = [int(row.max()) + 1 - low for row, low in zip(columns, self.low)]
+        self.prefixes = {}
+        self.words, self.numbers = distinct(self._pack(columns)[0])
+        member = xp.empty(len(self.words), dtype=np.int64)
+        member[self.numbers] = xp.arange(len(self.numbers))
+        self.columns = columns[:, member]
+
+    def __len__(self):
+        return len(self.words)
+
+    def find(self, columns):
+        """The numbers (n,) of columns (k, n), -1 for those that are not in the index."""
+        xp = array_module(columns)
+        words, known = self._pack(columns)
+        number, found = _look_up(self.words, words)
+        return xp.where(known & found, number, -1)
+
+    def _pack(self, columns):
+        """Columns as words (n,), digit by digit, and whether each can be in the index at all.
+
+        Where one word is too short, the digits so far are replaced by their number in `prefixes`.
+        """
+        word, known, size = columns[0] * 0, columns[0] == columns[0], 1
+        for k, (digit, low, span) in enumerate(zip(columns, self.low, self.span)):
+            if size * span >= LARGEST_WORD:
+                if k not in self.prefixes:
+                    self.prefixes[k] = distinct(word)[0]
+                size = len(self.prefixes[k])
+                word, found = _look_up(self.prefixes[k], word)
+                known &= found
+            known &= (digit >= low) & (digit < low + span)
+            word = word * span + (digit - low)
+            size *= span
+        return word, known
+
+
+def _look_up(table, words):
+    """Places of words in the sorted table, and whether each is there."""
+    xp = array_module(table)
+    place = xp.minimum(xp.searchsorted(table, words), len(table) - 1)
+    return place, table[place] == words
+
+
+def distinct(words):
+    """np.unique with inverse, for n integers >= 0 of which few differ: hashes them, sorts those few.
+
+    All words are written into a table at once; of those that meet in a slot one stays.  Reading back
+    tells which: they and their equals are done, the others go into another table, and so on.
+    """
+    xp = array_module(words)
+    place = xp.empty(len(words), dtype=np.int64)
+    found, n_found, pending = [], 0, xp.arange(len(words))
+    while len(pending):
+        bits = max(int(len(pending)).bit_length(), 4)
+        table = xp.full(2**bits, -1, dtype=np.int64)
+        left = words[pending]
+        factor = np.uint64(HASH_FACTORS[len(found) % len(HASH_FACTORS)])
+        slot = ((left.astype(np.uint64) * factor) >> np.uint64(64 - bits)).astype(np.int64)
+        table[slot] = left
+        done = table[slot] == left
+        taken = table >= 0
+        number = xp.cumsum(taken) - 1 + n_found
+        place[pending[done]] = number[slot[done]]
+        found.append(table[taken])
+        n_found += len(found[-1])
+        pending = pending[~done]
+    found = xp.concatenate(found)
+    order = xp.argsort(found)
+    rank = xp.empty_like(order)
+    rank[order] = xp.arange(len(order))
+    return found[order], rank[place]

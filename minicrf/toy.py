@@ -1,0 +1,155 @@
+"""Draws a small set of pictures in VOC's format, for the default run and the tests.
+
+What it is: five kinds of objects, each with its shape, its texture and a wide range of colours that
+overlaps with those of other kinds and of the backgrounds; shaded, overlapping, cut off by the border,
+noisy, compressed as JPEG.  What it is not: photographs, or evidence for what a CRF gains on them.
+Legend: H x W pixels; u, v an object's own coordinates, in which its outline has a radius near 1.
+"""
+import colorsys
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import scipy.ndimage
+from PIL import Image
+
+from .losses import VOID
+from .voc import LISTS, save_labels
+
+CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")
+DRAWING = 1        # to be raised with every change of the pictures: sets drawn before are redrawn
+
+
+def draw(directory, n_train=80, n_val=40, seed=0, width=(96, 140), height=(72, 110)):
+    """Draws a set in VOC's format, byte for byte the same for the same arguments.
+
+    directory: becomes the folder that holds JPEGImages, SegmentationClass and ImageSets; written
+    beside and renamed, so that an interrupted drawing is never taken for a set.  A set drawn with
+    the same arguments stays as it is, one drawn with others is replaced.
+    width, height: ranges (least, greatest) in pixels.  An image depends on seed, split and number
+    alone: a longer list begins with the images of a shorter one.  Returns directory as a Path.
+    Raises FileExistsError where directory holds anything else, ValueError for fewer than 1 image.
+    """
+    directory = pathlib.Path(directory)
+    if n_train < 1 or n_val < 1:
+        raise ValueError(f"toy set: found {n_train} training and {n_val} validation images, "
+                         "expected at least 1 of each")
+    about = (f"drawn by minicrf, drawing {DRAWING}: {n_train} + {n_val} images, seed {seed}, "
+             f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}\n")
+    marker = directory / "toy.txt"
+    if marker.is_file() and marker.read_text() == about:
+        return directory
+    if directory.exists() and not marker.is_file():
+        raise FileExistsError(f"{directory}: found files that are not a drawn set, "
+                              "expected a folder that does not exist yet")
+
+    beside = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    for folder in ("JPEGImages", "SegmentationClass", LISTS):
+        (beside / folder).mkdir(parents=True)
+    (beside / LISTS / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    for split, (name, n) in enumerate((("train", n_train), ("val", n_val))):
+        ids = [f"{name}_{i:04d}" for i in range(n)]
+        (beside / LISTS / f"{name}.txt").write_text("\n".join(ids) + "\n")
+        for i, image_id in enumerate(ids):
+            rng = np.random.default_rng([seed, split, i])
+            image, labels = picture(rng, rng.integers(*height, endpoint=True),
+                                    rng.integers(*width, endpoint=True))
+            quality = int(rng.integers(70, 95))
+            Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg", quality=quality)
+            save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
+    (beside / "toy.txt").write_text(about)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(beside, directory)
+    return directory
+
+
+def picture(rng, h, w):
+    """One image (h, w, 3) uint8 RGB and its labels (h, w) uint8, with void rims around objects."""
+    kinds = rng.integers(1, len(CLASS_NAMES), size=rng.integers(1, 5))
+    colours = [_colour(rng, kind) for kind in kinds]
+    # a background in an object's colour now and then: colour alone must not give objects away
+    hue, saturation, value = colours[0] if rng.random() < 0.3 else rng.uniform(0.1, 0.9, 3)
+    canvas = _paint(_blotches(rng, h, w, 6) * 0.6 + _blotches(rng, h, w, 2) * 0.4,
+                    (hue, saturation * 0.5, value), rng)
+    owner = np.zeros((h, w), int)                        # which object a pixel shows; 0: none
+    for number, (kind, colour) in enumerate(zip(kinds, colours), 1):
+        radius = rng.uniform(0.22, 0.5) * min(h, w)
+        u, v = _coordinates(rng, h, w, radius)
+        outside = _outline(kind, u, v) * radius          # in pixels, negative inside
+        texture = _texture(kind, u * radius, v * radius, rng)
+        cover = np.clip(0.5 - outside, 0, 1)[:, :, None]                 # (h, w, 1)
+        canvas += cover * (_paint(texture, colour, rng) - canvas)
+        owner[outside < 0] = number
+    image = canvas * 255 + rng.normal(0, rng.uniform(4, 12), (h, w, 3))  # camera noise
+    labels = np.concatenate([[0], kinds])[owner].astype(np.uint8)
+    around = np.ones((3, 3))
+    rim = (scipy.ndimage.maximum_filter(owner, footprint=around)
+           != scipy.ndimage.minimum_filter(owner, footprint=around))
+    labels[rim] = VOID
+    return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+def _colour(rng, kind):
+    """Hue, saturation, value: around the kind's own hue, and for one object in four anywhere."""
+    hue = rng.random() if rng.random() < 0.1 else (kind / 5 + rng.normal(0, 0.05)) % 1
+    return hue, rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.95)
+
+
+def _coordinates(rng, h, w, radius):
+    """u, v (h, w) of an object of that radius at a random place, turned and stretched at random."""
+    y, x = np.mgrid[:h, :w].astype(float)
+    x, y = (x - rng.uniform(0.1, 0.9) * w) / radius, (y - rng.uniform(0.1, 0.9) * h) / radius
+    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.25)
+    return ((np.cos(angle) * x + np.sin(angle) * y) * stretch,
+            (np.cos(angle) * y - np.sin(angle) * x) / stretch)
+
+
+def _outline(kind, u, v):
+    """About the distance to an object's outline, in radii, negative inside."""
+    r = np.hypot(u, v)
+    if CLASS_NAMES[kind] == "disc":
+        return r - 0.9
+    if CLASS_NAMES[kind] == "box":
+        return np.maximum(abs(u), abs(v)) - 0.8
+    if CLASS_NAMES[kind] == "triangle":
+        return np.maximum(-v, v / 2 + abs(u) * 0.87) - 0.6
+    if CLASS_NAMES[kind] == "ring":
+        return abs(r - 0.75) - 0.25
+    return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.3),
+                      np.maximum(abs(u) - 0.3, abs(v) - 1))              # cross
+
+
+def _texture(kind, x, y, rng):
+    """The pattern of a kind, values in 0..1; x, y in pixels along the object's axes."""
+    k = 2 * np.pi / rng.uniform(6, 11)                   # one period is 6 to 11 pixels
+    if CLASS_NAMES[kind] == "disc":
+        return 0.5 + 0.5 * np.sin(k * x)                                 # stripes
+    if CLASS_NAMES[kind] == "box":
+        return 0.5 + 0.5 * np.tanh(3 * np.sin(k * x) * np.sin(k * y))    # checks
+    if CLASS_NAMES[kind] == "triangle":
+        return 1 / (1 + np.exp(4 * (np.cos(k * x) + np.cos(k * y) - 0.8)))   # dots
+    if CLASS_NAMES[kind] == "ring":
+        return _blotches(rng, *x.shape, 1)                               # grain
+    return 0.5 + 0.1 * np.sin(k * x / 4)                                 # cross: nearly plain
+
+
+def _blotches(rng, h, w, size):
+    """Smooth noise (h, w) of a grain of `size` pixels, values mostly in 0..1."""
+    noise = scipy.ndimage.gaussian_filter(rng.normal(size=(h, w)), size, mode="wrap")
+    return np.clip(0.5 + 0.25 * noise / noise.std(), 0, 1)
+
+
+def _paint(pattern, colour, rng):
+    """(h, w, 3) in 0..1: a pattern between two shades of a colour, lit from a random side."""
+    h, w = pattern.shape
+    hue, saturation, value = colour
+    light = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+    dark = np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.04)) % 1, saturation,
+                                        value * rng.uniform(0.45, 0.75)))
+    slope_y, slope_x = rng.uniform(-0.4, 0.4, 2)
+    y, x = np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)
+    shade = np.clip(1 + slope_y * y + slope_x * x, 0.3, 1.5)[:, :, None]   # (h, w, 1)
+    return shade * (dark + pattern[:, :, None] * (light - dark))

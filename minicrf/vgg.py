@@ -1,0 +1,90 @@
+"""The 16-layer VGG net made fully convolutional with holes (paper, Sec. 4.1; DeepLab's geometry).
+
+Three presets share one builder: `vgg16` is the paper's; `largefov` has a small fc6 with larger
+holes (Chen et al., 2015); `tiny` has a few channels and a small input, for the demo and the tests.
+"""
+import numpy as np
+
+from .arrays import array_module, to_device
+from .layers import BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequential
+
+# input_size in pixels; channels of conv1..conv5; fc6: kernel and dilation; fc: channels of fc6, fc7
+PRESETS = {
+    "vgg16": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(7, 4), fc=4096),
+    "largefov": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(3, 12), fc=1024),
+    "tiny": dict(input_size=98, channels=(8, 16, 24, 32, 32), fc6=(3, 3), fc=64),
+}
+CONVOLUTIONS = (2, 2, 3, 3, 3)                # convolutions in each of the five blocks
+POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),
+         dict(stride=1, padding=(0, 1)),      # pool4 and pool5 no longer downsample;
+         dict(stride=1, dilation=2, padding=(1, 1)))   # what follows them has holes instead
+
+
+def build(preset, n_classes, seed=0, dropout=0.5, dtype=np.float32):
+    """The network of that preset, freshly initialised: (B, 3, S, S) -> (B, n_classes, h, w) scores.
+
+    With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset` and
+    `input_size` (S), both as given by PRESETS, and `upsample`, aligned with its cells.
+    Raises ValueError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"net: found {preset!r}, expected one of {', '.join(PRESETS)}")
+    sizes = PRESETS[preset]
+    rng = np.random.default_rng([seed, 0])
+    layers, channels = {}, 3
+
+    def convolution(name, channels_out, kernel, dilation):
+        nonlocal channels
+        layers[name] = Conv2d(channels, channels_out, kernel, dilation,
+                              padding=(kernel - 1) * dilation // 2, rng=rng, dtype=dtype)
+        channels = channels_out
+
+    for block in range(5):
+        for i in range(CONVOLUTIONS[block]):
+            name = f"{block + 1}_{i + 1}"
+            convolution(f"conv{name}", sizes["channels"][block], 3, dilation=2 if block == 4 else 1)
+            layers[f"relu{name}"] = ReLU()
+        layers[f"pool{block + 1}"] = MaxPool2d(**POOLS[block])
+    convolution("fc6", sizes["fc"], *sizes["fc6"])
+    layers |= {"relu6": ReLU(), "drop6": Dropout(dropout)}
+    convolution("fc7", sizes["fc"], 1, 1)
+    layers |= {"relu7": ReLU(), "drop7": Dropout(dropout)}
+    convolution("fc8", n_classes, 1, 1)
+    layers["fc8"].params["w"] *= 0.01 / layers["fc8"].params["w"].std()   # scores start near zero
+    layers["conv1_1"].needs_dx = False
+
+    net = Sequential(layers)
+    net.preset, net.input_size = preset, sizes["input_size"]
+    net.upsample = BilinearUpsample(*net.alignment(), net.input_size)
+    return net
+
+
+def move(net, device):
+    """Put the network's parameters and gradients on `device` ("cpu" or "gpu")."""
+    for layer in net.layers.values():
+        layer.params = {key: to_device(p, device) for key, p in layer.params.items()}
+        layer.grads = {key: to_device(g, device) for key, g in layer.grads.items()}
+
+
+def scale_fresh(net, names, x):
+    """Rescale the freshly drawn layers so that each one's output has unit scale on a batch x.
+
+    names: the fresh layers (fc8 is left alone: its small start is meant).  x: (B, 3, S, S).
+    Paper silent: features after pool5 have a root mean square near 14, where He initialisation
+    diverged at learning rate 0.01; the unit scale is that of Mishkin and Matas (2016).
+    """
+    xp = array_module(x)
+    for name, layer in net.layers.items():
+        y = layer.forward(x if isinstance(layer, Conv2d) else x)
+        if name in names and name != "fc8":
+            scale = xp.sqrt((y * y).mean())
+            layer.params["w"] /= scale
+            y /= scale
+        x = y
+
+
+def seed_dropout(net, *seed):
+    """Make the dropout masks of the next training step a function of these integers alone."""
+    for number, layer in enumerate(net.layers.values()):
+        if isinstance(layer, Dropout):
+            layer.seed = (*seed, number)

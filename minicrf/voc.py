@@ -1,0 +1,317 @@
+"""PASCAL VOC 2012 and SBD as they lie on disk: lists, labels, colours, batches (paper, Sec. 4).
+
+Nothing is trusted: whatever is missing, unreadable or inconsistent ends in one line that names the
+file, what was found and what was expected, raised as ValueError or FileNotFoundError.
+Legend: H x W pixels; labels are 0..n_classes-1, or VOID (255) for pixels that are not scored.
+"""
+import collections
+import concurrent.futures
+import itertools
+import os
+import pathlib
+import re
+
+import numpy as np
+import scipy.io
+from PIL import Image
+from tqdm import tqdm
+
+from .losses import VOID
+
+CLASS_NAMES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor")
+
+MAX_PIXELS = 1 << 26      # refuse larger pictures: VOC's have 500 x 500, and a CRF variable a pixel
+LISTS = "ImageSets/Segmentation"
+
+
+def palette(n):
+    """VOC's colour function: the RGB colours of labels 0..n-1, (n, 3) uint8; n at most 256."""
+    label = np.arange(n)
+    colours = np.zeros((n, 3), int)
+    for bit in range(8):                     # three bits of the label at a time, highest bit first
+        for channel in range(3):
+            colours[:, channel] += (label >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def class_names(root):
+    """The class names of a data set, background first: VOC's 21, or those in its classes.txt.
+
+    root: the folder that holds JPEGImages.  ImageSets/Segmentation/classes.txt, one name a line,
+    replaces VOC's names.  Raises ValueError for repeated names, or fewer than 2 or more than 255.
+    """
+    path = _folder(root) / LISTS / "classes.txt"
+    if not path.exists():
+        return list(CLASS_NAMES)
+    names = _lines(path)
+    if not 2 <= len(names) <= VOID:
+        raise ValueError(f"{path}: found {len(names)} class names, expected 2 to {VOID}")
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{path}: found class {name!r} {count} times, expected it once")
+    return names
+
+
+def image_list(root, split, sbd=None):
+    """The image ids of a split, "train" or "val", in a fixed order.
+
+    With sbd the training list is (VOC train + SBD train + SBD val) minus VOC val: 10582 images on
+    the full data.  sbd: SBD's benchmark_RELEASE folder or the dataset folder in it, with .mat labels;
+    or a SegmentationClassAug folder of label PNGs, or the folder that holds it.
+    Raises FileNotFoundError for missing folders and lists, ValueError for lists that make no sense.
+    """
+    ids, problems = _image_list(root, split, sbd)
+    if problems:
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)
+    return ids
+
+
+def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
+    """One image and its labels: (H, W, 3) uint8 RGB and (H, W) uint8.
+
+    Labels come from VOC's SegmentationClass where they are there, otherwise from sbd.
+    Raises FileNotFoundError or ValueError, naming the file, for anything that cannot be right.
+    """
+    image_path, label_path = _paths(root, image_id, sbd)
+    image = np.array(_open(image_path).convert("RGB"))
+    labels = _read_mat(label_path) if label_path.suffix == ".mat" else _read_png(label_path)
+    if image.shape[:2] != labels.shape:
+        (h, w), (lh, lw) = image.shape[:2], labels.shape
+        raise ValueError(f"{label_path}: found {lw}x{lh} labels, expected {w}x{h} as {image_path}")
+    wrong = labels[((labels < 0) | (labels >= n_classes)) & (labels != VOID)]
+    if wrong.size:
+        raise ValueError(f"{label_path}: found label {wrong[0]} ({wrong.size} pixels out of "
+                         f"range), expected 0 to {n_classes - 1}, or {VOID} for void")
+    return image, labels.astype(np.uint8)
+
+
+def check(root, sbd=None):
+    """Every problem of a whole data set, as a list of lines; empty where all is well."""
+    problems, lists = [], {}
+    n_classes = VOID
+    try:
+        n_classes = len(class_names(root))
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    for split in ("train", "val"):
+        try:
+            lists[split], more = _image_list(root, split, sbd)
+            problems += more
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    train, val = lists.get("train", []), lists.get("val", [])
+    problems += [f"{root}: found {image_id} in both train.txt and val.txt, expected it in one"
+                 for image_id in sorted(set(train) & set(val))]
+
+    def problem(image_id):
+        try:
+            load(root, image_id, sbd, n_classes)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    ids = list(dict.fromkeys(train + val))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        walk = tqdm(pool.map(problem, ids), "check", len(ids), unit="image", disable=None)
+        return list(dict.fromkeys(problems + [line for line in walk if line]))
+
+
+def network_input(image, size, mean):
+    """The network's input (3, size, size), float32: resized without keeping aspect, BGR minus mean.
+
+    image: (H, W, 3) uint8 RGB.  mean: three numbers, BGR, 0-255 (stored with the weights).
+    """
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+    bgr = np.asarray(resized, np.float32)[:, :, ::-1] - np.asarray(mean, np.float32)
+    return np.ascontiguousarray(bgr.transpose(2, 0, 1))                  # (3, size, size)
+
+
+def draws(n, seed, start=0):
+    """Endless (index, mirrored) pairs: shuffled epochs over n images, from draw number `start` on.
+
+    A pure function of (n, seed, draw number), so those numbers are all there is to save and resume.
+    """
+    for epoch in itertools.count(start // n):
+        rng = np.random.default_rng([seed, epoch])
+        order, mirrored = rng.permutation(n), rng.random(n) < 0.5
+        for i in range(start % n if epoch == start // n else 0, n):
+            yield int(order[i]), bool(mirrored[i])
+
+
+def batches(root, ids, batch_size, seed, start=0, sbd=None, n_classes=len(CLASS_NAMES), threads=2):
+    """Endless batches for training: lists of batch_size (image, labels) pairs, as from `load`.
+
+    Shuffled epochs without replacement, each image mirrored left to right or not at random.  After
+    k batches, a new iterator with start + k * batch_size goes on exactly there.  Threads load ahead
+    of use; the order does not depend on them, and what goes wrong in them is raised here.
+    """
+    if not ids or batch_size < 1:
+        raise ValueError(f"{root}: found {len(ids)} images for batches of {batch_size}, "
+                         f"expected at least one of each")
+
+    def read(index, mirrored):
+        image, labels = load(root, ids[index], sbd, n_classes)
+        return (image[:, ::-1].copy(), labels[:, ::-1].copy()) if mirrored else (image, labels)
+
+    order = draws(len(ids), seed, start)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    ahead = collections.deque()
+    try:
+        while True:
+            while len(ahead) < 2 * batch_size:
+                ahead.append(pool.submit(read, *next(order)))
+            yield [ahead.popleft().result() for _ in range(batch_size)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def save_labels(path, labels):
+    """Write labels (H, W) uint8 as a palette PNG in VOC's colours; beside, then renamed."""
+    picture = Image.fromarray(labels)                                    # mode L
+    picture.putpalette(palette(256).tobytes())                           # mode P, values kept
+    picture.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+# What follows finds and reads single files.
+
+def _folder(root):
+    """root as a Path, after checking that VOC's three folders are in it."""
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise FileNotFoundError(f"{root}: found {found}, expected a VOC folder, with JPEGImages")
+    missing = [name for name in ("JPEGImages", "SegmentationClass", LISTS)
+               if not (root / name).is_dir()]
+    if missing:
+        below = [root / name for name in ("VOCdevkit/VOC2012", "VOC2012")
+                 if (root / name / "JPEGImages").is_dir()]
+        hint = f"; did you mean {below[0]}?" if below else ""
+        raise FileNotFoundError(
+            f"{root}: found no folder {' and no '.join(missing)}, expected a VOC folder with "
+            f"JPEGImages, SegmentationClass and {LISTS}{hint}")
+    return root
+
+
+def _sbd_folder(sbd):
+    """The folder of SBD's labels: .../cls with .mat files, otherwise one with label PNGs."""
+    sbd = pathlib.Path(sbd)
+    for folder in (sbd / "dataset" / "cls", sbd / "cls", sbd / "SegmentationClassAug", sbd):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{sbd}: found no such folder, expected SBD's dataset folder or "
+                            "SegmentationClassAug")
+
+
+def _lines(path):
+    """The lines of a text file, stripped, none empty; any line endings, with or without BOM."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found a file that is not UTF-8 text ({error.reason}), "
+                         "expected a list, one name a line") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: found an empty list, expected one name a line")
+    return lines
+
+
+def _ids(path):
+    """The ids in an image list, each once, and the problems of the list as lines."""
+    counts = collections.Counter(_lines(path))
+    problems = [f"{path}: found {name!r} {count} times, expected each image once"
+                for name, count in counts.items() if count > 1]
+    # an id is a bare file name: no folder, no drive, no '..', nothing hidden
+    bad = [name for name in counts if not re.fullmatch(r"\w[\w .+()-]*", name)]
+    problems += [f"{path}: found {name!r}, expected an image id such as 2007_000032, without folder"
+                 for name in bad]
+    return [name for name in counts if name not in bad], problems
+
+
+def _image_list(root, split, sbd=None):
+    """Ids and problems of a split, as in `image_list`."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split: found {split!r}, expected 'train' or 'val'")
+    lists = _folder(root) / LISTS
+    ids, problems = _ids(lists / f"{split}.txt")
+    if sbd is None or split == "val":
+        return ids, problems
+    folder = _sbd_folder(sbd)
+    if folder.name == "cls":
+        for name in ("train.txt", "val.txt"):
+            more, worse = _ids(folder.parent / name)
+            ids, problems = ids + more, problems + worse
+    else:
+        more = sorted(path.stem for path in folder.glob("[!.]*.png"))
+        if not more:
+            raise FileNotFoundError(f"{folder}: found no label PNGs, expected SBD's dataset folder "
+                                    "(with cls, img, train.txt, val.txt) or SegmentationClassAug")
+        ids = ids + more
+    val = set(_ids(lists / "val.txt")[0])
+    ids = [image_id for image_id in dict.fromkeys(ids) if image_id not in val]
+    if not ids and not problems:
+        problems = [f"{lists / 'train.txt'}: found no image outside val.txt, expected at least one"]
+    return ids, problems
+
+
+def _paths(root, image_id, sbd):
+    """The files (image, labels) of an id."""
+    root = pathlib.Path(root)
+    images = [root / "JPEGImages" / f"{image_id}.jpg"]
+    labels = [root / "SegmentationClass" / f"{image_id}.png"]
+    if sbd is not None:
+        folder = _sbd_folder(sbd)
+        images.append(folder.parent / "img" / f"{image_id}.jpg")
+        labels.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
+    for kind, places in (("image", images), ("labels", labels)):
+        if not any(path.is_file() for path in places):
+            raise FileNotFoundError(f"{' and '.join(map(str, places))}: found no such file, "
+                                    f"expected the {kind} of image id {image_id}")
+    return tuple(next(path for path in places if path.is_file()) for places in (images, labels))
+
+
+def _open(path):
+    """A decoded Pillow image."""
+    try:
+        picture = Image.open(path, formats=("JPEG", "PNG"))    # none that starts other programs
+        if picture.width * picture.height <= MAX_PIXELS:
+            picture.load()
+    except Exception as error:      # Pillow raises half a dozen kinds for broken files
+        raise ValueError(f"{path}: found a picture that cannot be read ({_reason(error)}), "
+                         "expected a whole JPEG or PNG file") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{path}: found {picture.width}x{picture.height} pixels, "
+                         f"expected at most {MAX_PIXELS}")
+    return picture
+
+
+def _read_png(path):
+    """Labels (H, W) from a PNG whose pixel values, not colours, are the labels."""
+    picture = _open(path)
+    if picture.mode not in ("P", "L"):
+        raise ValueError(f"{path}: found a picture of mode {picture.mode}, expected labels as the "
+                         "values of a palette (P) or greyscale (L) PNG, not as colours")
+    return np.array(picture)
+
+
+def _read_mat(path):
+    """Labels (H, W) from one of SBD's .mat files: GTcls.Segmentation."""
+    try:
+        labels = scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:      # scipy raises a dozen kinds for broken files
+        raise ValueError(f"{path}: found a file without GTcls.Segmentation ({_reason(error)}), "
+                         "expected labels in SBD's layout") from None
+    if not (isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.dtype.kind in "ui"):
+        raise ValueError(f"{path}: found GTcls.Segmentation of another kind, "
+                         "expected an array of integers, height x width")
+    return labels
+
+
+def _reason(error):
+    """The text of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

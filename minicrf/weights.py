@@ -1,0 +1,187 @@
+"""ImageNet weights of the 16-layer VGG net, from three formats into the network's one convention.
+
+Convention: keys `conv1_1_w` (O, C, k, k), `conv1_1_b` (O,), ... `fc8_b`; input BGR, 0-255, minus
+`mean` (3,), BGR.  What a file is, its content says; nothing in it is executed.
+"""
+import json
+import math
+import os
+import zipfile
+
+import numpy as np
+import scipy.io
+
+from .arrays import array_module
+from .layers import Conv2d
+
+MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images
+LIMIT = 2 ** 32                               # bytes: no VGG checkpoint comes near it
+NAMES = [f"conv{b}_{i}" for b, n in zip(range(1, 6), (2, 2, 3, 3, 3)) for i in range(1, n + 1)]
+FULLY_CONNECTED = ["fc6", "fc7"]              # the 1000-class fc8 is of no use here
+
+
+def read_weights(path):
+    """Weights from a .npz, .mat (MatConvNet) or .safetensors (torchvision's layout) file.
+
+    Returns a dict of float arrays in the convention above, `mean` among them.  Raises ValueError
+    or OSError with one line that names the file, what was found and what was expected.
+    """
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start[:2] == b"PK":
+        weights = read_npz(path)
+    elif start.startswith(b"MATLAB 5.0"):
+        weights = read_matconvnet(path)
+    elif start[8:9] == b"{":
+        weights = read_torchvision(path)
+    else:
+        raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors content")
+    weights.setdefault("mean", np.array(MEAN))
+    if "conv1_1_w" not in weights:
+        raise ValueError(f"{path}: found no conv1_1_w, expected the layers of a 16-layer VGG net")
+    for key, array in weights.items():
+        if key == "mean" or key[-2:] in ("_w", "_b"):
+            if array.dtype.kind != "f" or not np.isfinite(array.sum(dtype=np.float64)):
+                raise ValueError(f"{path}: {key}: found {array.dtype} with values that are not "
+                                 "finite floating-point numbers")
+    if weights["mean"].shape != (3,):
+        raise ValueError(f"{path}: mean: found shape {weights['mean'].shape}, expected (3,)")
+    return weights
+
+
+def read_npz(path):
+    """All arrays of a .npz file, checked in size before any is read.  Raises ValueError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > LIMIT:
+            raise ValueError(f"found {size} bytes unpacked, expected at most {LIMIT}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError, NotImplementedError) as error:
+        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+
+
+def read_torchvision(path):
+    """A .safetensors file with torchvision's VGG-16: RGB, scaled to [0, 1] and standardised."""
+    tensors = read_safetensors(path)
+    convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]       # indices in `features`
+    keys = [(name, f"features.{i}") for name, i in zip(NAMES, convolutions)]
+    keys += [("fc6", "classifier.0"), ("fc7", "classifier.3")]
+    weights = {}
+    for name, theirs in keys:
+        if f"{theirs}.weight" in tensors and f"{theirs}.bias" in tensors:
+            weights[f"{name}_w"] = tensors[f"{theirs}.weight"]
+            weights[f"{name}_b"] = tensors[f"{theirs}.bias"]
+    if weights.get("fc6_w") is not None and weights["fc6_w"].shape == (4096, 512 * 49):
+        weights["fc6_w"] = weights["fc6_w"].reshape(4096, 512, 7, 7)
+    if weights.get("fc7_w") is not None and weights["fc7_w"].shape == (4096, 4096):
+        weights["fc7_w"] = weights["fc7_w"].reshape(4096, 4096, 1, 1)
+    if weights.get("conv1_1_w") is not None and weights["conv1_1_w"].shape == (64, 3, 3, 3):
+        # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean stays
+        # outside: folded into the bias, it would be wrong where the border is padded with zeros.
+        std = np.array([0.229, 0.224, 0.225])                            # RGB
+        w = weights["conv1_1_w"] / (255 * std)[:, None, None]
+        weights["conv1_1_w"] = np.ascontiguousarray(w[:, ::-1])          # RGB -> BGR
+    weights["mean"] = 255 * np.array([0.485, 0.456, 0.406])[::-1]
+    return weights
+
+
+def read_safetensors(path):
+    """Tensors of a .safetensors file: 8 bytes header length, a JSON header, then raw values."""
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    size = os.path.getsize(path)
+    tensors = {}
+    with open(path, "rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, 2 ** 24):
+                raise ValueError(f"found a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+            for name, entry in header.items():
+                if name == "__metadata__" or entry["dtype"] not in types:
+                    continue                        # what is missing is named when layers are filled
+                begin, end = entry["data_offsets"]
+                dtype, shape = np.dtype(types[entry["dtype"]]), [int(n) for n in entry["shape"]]
+                if not (0 <= begin <= end <= size - 8 - length and min(shape, default=1) >= 0
+                        and math.prod(shape) * dtype.itemsize == end - begin):
+                    raise ValueError(f"{name}: found offsets {begin}..{end} for shape {shape}")
+                file.seek(8 + length + begin)
+                values = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
+                tensors[name] = values
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    return tensors
+
+
+def read_matconvnet(path):
+    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB."""
+    try:
+        content = scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False,
+                                   variable_names=["layers", "meta", "normalization"])
+        weights = {}
+        for layer in np.atleast_1d(content["layers"]):
+            if layer.name not in NAMES + FULLY_CONNECTED:
+                continue
+            if hasattr(layer, "weights"):
+                w, b = layer.weights[0], layer.weights[1]
+            else:                                   # files of before 2015
+                w, b = layer.filters, layer.biases
+            w = np.asarray(w)
+            w = w[None, None] if w.ndim == 2 else w                      # squeezed 1x1 kernel
+            weights[f"{layer.name}_w"] = np.ascontiguousarray(w.transpose(3, 2, 0, 1))
+            weights[f"{layer.name}_b"] = np.atleast_1d(b)
+        meta = content["meta"] if "meta" in content else content
+        normalization = meta["normalization"] if isinstance(meta, dict) else meta.normalization
+        mean = np.asarray(normalization.averageImage, dtype=np.float64)
+        if mean.ndim == 3:
+            mean = mean.mean(axis=(0, 1))
+        weights["mean"] = mean[::-1]                                     # RGB -> BGR
+        if "conv1_1_w" in weights:
+            weights["conv1_1_w"] = np.ascontiguousarray(weights["conv1_1_w"][:, ::-1])
+        return weights
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, NotImplementedError,
+            OSError, EOFError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: {error}") from None
+
+
+def fill(net, weights, path):
+    """Copy weights into the layers of net that they name; returns the names of layers left as drawn.
+
+    weights: as read_weights returns them; path: for messages.  A fully connected layer that is
+    absent stays as drawn; a convolution must be there, and every shape must fit.  `largefov` takes
+    the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab did.
+    Raises ValueError before anything is copied.
+    """
+    layers = {name: layer for name, layer in net.layers.items() if isinstance(layer, Conv2d)}
+    missing = [name for name in layers if not {f"{name}_w", f"{name}_b"} <= weights.keys()]
+    if any(name.startswith("conv") for name in missing):
+        raise ValueError(f"{path}: found no {', '.join(n for n in missing if n[0] == 'c')}, "
+                         f"expected all convolutions of a 16-layer VGG net")
+    chosen = {}
+    for name, layer in layers.items():
+        for key, p in layer.params.items():
+            if name in missing:
+                continue
+            values = weights[f"{name}_{key}"]
+            if net.preset == "largefov" and name in FULLY_CONNECTED:
+                values = subsample(values, p.shape)
+            if values.shape != p.shape:
+                raise ValueError(f"{path}: {name}_{key}: found shape {values.shape}, expected "
+                                 f"{p.shape} for --net {net.preset}")
+            chosen[name, key] = values
+    for (name, key), values in chosen.items():
+        p = layers[name].params[key]
+        p[...] = array_module(p).asarray(values)
+    return missing
+
+
+def subsample(values, shape):
+    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for; both ends of
+    a kernel are kept.  Returned unchanged where the shape is no larger one in each direction."""
+    if len(values.shape) != len(shape) or any(a < b for a, b in zip(values.shape, shape)):
+        return values
+    for axis, (a, b) in enumerate(zip(values.shape, shape)):
+        taps = np.arange(b) * (a // b) if axis < 2 else np.linspace(0, a - 1, b).astype(int)
+        values = values.take(taps, axis=axis)
+    return values
