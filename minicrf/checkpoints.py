@@ -10,6 +10,7 @@ import numpy as np
 
 from . import __version__, vgg, weights
 from .arrays import array_module, to_host
+from .densecrf import DenseCRF
 
 
 def save(path, model, info, optimiser=None):
@@ -57,6 +58,21 @@ def load_net(path, arrays, info):
     if missing:
         raise ValueError(f"{path}: found no {', '.join(missing)}, expected all layers")
     return net
+
+
+def load_crf(path, arrays, info):
+    """The DenseCRF of a checkpoint, or None where it was left by the unary stage."""
+    if "crf_w" not in arrays:
+        return None
+    sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
+              if f"crf_log_sigma_{kernel}" in arrays else None
+              for kernel in ("position", "bilateral")}
+    for key in [key for key in arrays if key.startswith("crf_")]:
+        if not (arrays[key].dtype == np.float64 and arrays[key].ndim == 1
+                and np.isfinite(arrays[key]).all()):
+            raise ValueError(f"{path}: {key}: found {arrays[key].dtype} of shape "
+                             f"{arrays[key].shape}, expected finite float64 in one dimension")
+    return DenseCRF(len(info["classes"]), w=arrays["crf_w"], **sigmas)
 
 
 def load_velocity(path, arrays, optimiser):

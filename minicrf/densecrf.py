@@ -3,102 +3,264 @@
     q^0 = softmax(f);   z^t = f + sum_m w_m K_m q^(t-1);   q^t = softmax(z^t),   t = 1..T
 Legend: H x W pixels, N = H*W, C image channels, L labels, M kernels, T mean-field steps.
 """
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 
-from .arrays import array_module
+from .arrays import array_module, to_host
 from .kernels import GaussianKernel
 from .losses import softmax
 
+THREADS = min(4, os.cpu_count() or 1)   # NumPy and SciPy release the interpreter lock
+BLOCK = 2**13           # pixels that one thread updates at a time: small enough for its cache
+CACHED_KERNELS = 4      # position kernels kept: they depend on the image's size and sigma alone
+
 
 class DenseCRF:
+    """Mean-field inference in a fully connected CRF with Potts labels, and its gradients.
+
+    n_labels: L.
+    w: weights of the position kernel and of the bilateral one, in the units of the scores.
+    sigma_position: widths (x, y) in pixels; None leaves this kernel out, and its entry of w.
+    sigma_bilateral: widths (x, y, colour...), pixels and colour units, one for each channel of the
+        images; None leaves this kernel out, and its entry of w.
+    iterations: T.
+    normalization: "symmetric" or "none"; exclude_self: j != i as in Eq. 5 (public dense-CRF libraries
+        include j = i: False gives what they compute).
+    exact: brute-force kernels, O(N^2), instead of the permutohedral lattice.
+
+    params, grads: dicts of float64 NumPy arrays "w" (M,), "log_sigma_position" (2,),
+        "log_sigma_bilateral" (2+C,).  backward adds into grads; keep w >= 0 when learning.
+    logits: z^T (H, W, L) after forward, for losses.softmax_loss.
+    Raises ValueError where an option has the wrong length, sign or name.
+    """
+
     def __init__(self, n_labels, *, w=(3., 10.), sigma_position=(3., 3.),
                  sigma_bilateral=(80., 80., 13., 13., 13.), iterations=5,
                  normalization="symmetric", exclude_self=True, exact=False):
+        if normalization not in ("symmetric", "none"):
+            raise ValueError(f"normalization: found {normalization!r}, expected 'symmetric' or 'none'")
+        if n_labels < 1 or iterations < 0:
+            raise ValueError(f"found n_labels {n_labels} and iterations {iterations}, "
+                             "expected at least 1 and at least 0")
         self.n_labels = n_labels
         self.iterations = iterations
         self.normalization = normalization
         self.exclude_self = exclude_self
         self.exact = exact
-        self.params = {"w": np.array(w, dtype=np.float64)}
-        if sigma_position is not None:
-            self.params["log_sigma_position"] = np.log(np.array(sigma_position, dtype=np.float64))
-        if sigma_bilateral is not None:
-            self.params["log_sigma_bilateral"] = np.log(np.array(sigma_bilateral, dtype=np.float64))
-        self.names = [name for name in self.params if name != "w"]
+
+        sigmas = {"sigma_position": sigma_position, "sigma_bilateral": sigma_bilateral}
+        used = [name for name in sigmas if sigmas[name] is not None]
+        w = np.array(w, dtype=np.float64).ravel()
+        if len(w) == 2:
+            w = w[[name in used for name in sigmas]]
+        if len(w) != len(used) or not np.isfinite(w).all():
+            raise ValueError(f"w: found {w.tolist()}, expected a finite number for each kernel")
+        self.params = {"w": w}
+        for name in used:
+            sigma = np.array(sigmas[name], dtype=np.float64).ravel()
+            if len(sigma) < 2 or not (np.isfinite(sigma) & (sigma > 0)).all():
+                raise ValueError(f"{name}: found {sigma.tolist()}, expected two or more positive widths")
+            self.params["log_" + name] = np.log(sigma)
         self.grads = {name: np.zeros_like(value) for name, value in self.params.items()}
-        self.saved = None
+        self._position_kernels = OrderedDict()
+        self._saved = None
 
     def forward(self, scores, image, train=True):
-        self._check(scores, image)
-        self.shape = scores.shape
-        f = scores.reshape(-1, self.n_labels)                                # (N, L)
-        kernels = self._kernels(scores, image)
-        z, q = f, softmax(f)
-        saved = []
-        w = [float(x) for x in self.params["w"]]
+        """Marginals q (H, W, L) of scores f (H, W, L) on an image (H, W, C): Eq. 5.
+
+        scores: float32 or float64, larger is likelier; -inf forbids a label.  image: uint8 or float,
+        channels in the order of sigma_bilateral (RGB, 0-255, for the defaults).  Neither is written to.
+        train=False keeps nothing for backward: less memory, the same result.
+        Raises ValueError for NaN or +inf, a pixel with every label forbidden, and shapes that disagree.
+        """
+        xp = array_module(scores)
+        best = _check(scores, image, self.n_labels).reshape(-1, 1)           # (N, 1)
+        f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
+        kernels = self._kernels(f, scores.shape[:2], image)
+        w = [float(w_m) for w_m in self.params["w"]]
+        self_weight = _self_weight(w, kernels, f)                            # (N, 1)
+        blocks = _blocks(f)
+
+        logits = f.copy()                                                    # (N, L)
+        q = softmax(f)                                                       # (N, L)
+        steps = []                                                           # q^0 .. q^(T-1)
         for t in range(self.iterations):
             if train:
-                saved.append(q)
-            z = f.copy()                                                     # (N, L)
-            for weight, kernel in zip(w, kernels):
-                z += weight * kernel.apply(q)
-            q = softmax(z)
-        self.saved = (kernels, saved, q) if train else None
-        self.logits = z.reshape(self.shape)                                  # (H, W, L)
-        return q.reshape(self.shape)
+                steps.append(q)
+            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], xp)
+            q, q_before = xp.empty_like(q), q
+
+            def update(rows):
+                z = f[rows] - self_weight[rows] * q_before[rows]
+                for w_m, kernel, v in zip(w, kernels, spread):
+                    z += w_m * kernel.K_hat.gather(v, rows)
+                if t == self.iterations - 1:
+                    logits[rows] = z
+                q[rows] = _softmax(z, best[rows])
+            _run([partial(update, rows) for rows in blocks], xp)
+
+        self.logits = logits.reshape(scores.shape)                           # (H, W, L)
+        self._saved = (kernels, steps, q) if train else None
+        return q.reshape(scores.shape)                                       # (H, W, L)
 
     # forward: q^T = softmax(z^T)
     def backward(self, dq):
-        q = self.saved[2]
-        dq = dq.reshape(q.shape)
-        return self.backward_logits(q * (dq - (dq * q).sum(axis=1, keepdims=True)))
+        """dL/dq (H, W, L) -> dL/dscores (H, W, L); adds dL/dparams into grads."""
+        q = self._kept()[2]
+        return self.backward_logits(_through_softmax(dq.reshape(q.shape), q))
 
     def backward_logits(self, dz):
+        """The same from dL/dz^T, (H, W, L) or (N, L): q - onehot(y) for Eq. 6, with no 1/q in it.
+
+        Needs the forward pass before it, with train=True.  Back-tracking, Fig. 3 steps 3-4: T steps
+        whatever the number of parameters.
+        """
+        kernels, steps, q = self._kept()
+        dz = dz.reshape(q.shape)                                             # (N, L)
         xp = array_module(dz)
-        kernels, saved, _ = self.saved
-        dz = dz.reshape(-1, self.n_labels)
+        w = [float(w_m) for w_m in self.params["w"]]
+        blocks = _blocks(dz)
+        self_weight = _self_weight(w, kernels, dz)                           # (N, 1)
+        weighted = [kernel.weighted() for kernel in kernels]
+        # what the gradients of w and sigma are linear in, summed over steps and labels
+        forth = xp.zeros((len(kernels), len(dz)), dtype=dz.dtype)            # (M, N): dz (K_hat q)
+        back = xp.zeros_like(forth)                                          # (M, N): q (K_hat^T dz)
+        product = xp.zeros_like(dz[:, 0])                                    # (N,): dz q
+        cross = [0] * len(kernels)                                           # M times (d,)
         df = xp.zeros_like(dz)
-        outers = [0] * len(kernels)
-        crosses = [0] * len(kernels)
-        for q in reversed(saved):
+
+        for q in reversed(steps):
             # forward: z^t = f + sum_m w_m K_m q^(t-1)
-            df += dz
-            dq = xp.zeros_like(q)
-            for m, kernel in enumerate(kernels):
-                message = kernel.apply(q)
-                back = kernel.apply_transpose(dz)
-                self.grads["w"][m] += float((dz * message).sum())
-                dq += float(self.params["w"][m]) * back
-                outer, cross = kernel.moments(dz, q, message, back)
-                outers[m] += outer
-                crosses[m] += cross
-            # forward: q^(t-1) = softmax(z^(t-1))
-            dz = q * (dq - (dq * q).sum(axis=1, keepdims=True))
+            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], xp)
+            spread_back = _run([partial(kernel.K_hat.spread_transpose, dz) for kernel in kernels], xp)
+            for m, filters in enumerate(weighted):
+                cross[m] += xp.stack(_run([partial(G.inner, dz, q) for G in filters], xp))
+            dz_before = xp.empty_like(dz)
+
+            def update(rows):
+                df[rows] += dz[rows]
+                dq = -self_weight[rows] * dz[rows]
+                for m, kernel in enumerate(kernels):
+                    forth[m, rows] += _row_dots(dz[rows], kernel.K_hat.gather(spread[m], rows))
+                    K_dz = kernel.K_hat.gather(spread_back[m], rows)
+                    back[m, rows] += _row_dots(q[rows], K_dz)
+                    dq += w[m] * K_dz
+                product[rows] += _row_dots(dz[rows], q[rows])
+                # forward: q^(t-1) = softmax(z^(t-1))
+                dz_before[rows] = _through_softmax(dq, q[rows])
+            _run([partial(update, rows) for rows in blocks], xp)
+            dz = dz_before
+        # forward: z^0 = f
         df += dz
-        for m, (name, kernel) in enumerate(zip(self.names, kernels)):
-            g = kernel.shape_gradient(outers[m], crosses[m])
-            g = g if xp is np else xp.asnumpy(g)
-            self.grads[name] += self.params["w"][m] * g
-        return df.reshape(self.shape)
 
-    def _check(self, scores, image):
-        if scores.ndim != 3 or scores.shape[2] != self.n_labels or scores.dtype.kind != "f":
-            raise ValueError(f"scores: found shape {scores.shape} of {scores.dtype}, "
-                             f"expected floats of shape (H, W, {self.n_labels})")
-        if image.ndim != 3 or image.shape[:2] != scores.shape[:2]:
-            raise ValueError(f"image: found shape {image.shape}, "
-                             f"expected (H, W, C) to match the scores' {scores.shape}")
-        best = scores.max(axis=2)
-        if not bool((abs(best) < np.inf).all()):
-            raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
+        for m, (name, kernel) in enumerate(zip(self._sigma_names(), kernels)):
+            self.grads["w"][m] += float((forth[m] - kernel.self_weight * product).sum())
+            dsigma = kernel.shape_gradient(forth[m] + back[m], cross[m], product)
+            self.grads[name] += w[m] * to_host(dsigma)
+        return df.reshape(self.logits.shape)                                 # (H, W, L)
 
-    def _kernels(self, scores, image):
-        xp = array_module(scores)
-        h, w = image.shape[:2]
-        y, x = xp.mgrid[:h, :w].astype(scores.dtype)
-        position = xp.stack([x.ravel(), y.ravel()], axis=1)
-        features = {"log_sigma_position": position}
-        colour = xp.asarray(image).reshape(h * w, -1).astype(scores.dtype)
-        features["log_sigma_bilateral"] = xp.concatenate([position, colour], axis=1)
-        return [GaussianKernel(features[name], np.exp(self.params[name]), self.normalization,
-                               self.exclude_self, self.exact) for name in self.names]
+    def _sigma_names(self):
+        return [name for name in self.params if name != "w"]
+
+    def _kept(self):
+        if self._saved is None:
+            raise ValueError("backward: found no forward pass with train=True before it")
+        return self._saved
+
+    def _kernels(self, f, shape, image):
+        """The GaussianKernels of an image, in the order of w and in the dtype of f."""
+        xp = array_module(f)
+        y, x = xp.meshgrid(*(xp.arange(n, dtype=f.dtype) for n in shape), indexing="ij")
+        position = xp.stack([x.ravel(), y.ravel()])                          # (2, N)
+        options = self.normalization, self.exclude_self, self.exact
+
+        def position_kernel():
+            sigma = np.exp(self.params["log_sigma_position"])
+            key = shape, sigma.tobytes(), options, f.dtype.char, xp.__name__
+            if key not in self._position_kernels:
+                self._position_kernels[key] = GaussianKernel(position, sigma, *options)
+            self._position_kernels.move_to_end(key)
+            while len(self._position_kernels) > CACHED_KERNELS:
+                self._position_kernels.popitem(last=False)
+            return self._position_kernels[key]
+
+        def bilateral_kernel():
+            sigma = np.exp(self.params["log_sigma_bilateral"])
+            colour = xp.asarray(image).astype(f.dtype).reshape(position.shape[1], -1).T     # (C, N)
+            if len(sigma) != 2 + len(colour):
+                raise ValueError(f"image: found {len(colour)} channels, expected "
+                                 f"{len(sigma) - 2} for sigma_bilateral of length {len(sigma)}")
+            return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
+
+        build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
+        return _run([build[name] for name in self._sigma_names()], xp)
+
+
+def _check(scores, image, n_labels):
+    if scores.ndim != 3 or scores.shape[2] != n_labels or scores.dtype.char not in "fd":
+        raise ValueError(f"scores: found shape {scores.shape} of {scores.dtype}, "
+                         f"expected (H, W, {n_labels}) of float32 or float64")
+    if image.ndim != 3 or image.shape[:2] != scores.shape[:2]:
+        raise ValueError(f"image: found shape {image.shape}, "
+                         f"expected (H, W, C) with the H and W of the scores, {scores.shape}")
+    best = scores.max(axis=2)                                                # (H, W)
+    if not bool((abs(best) < np.inf).all()):     # NaN compares as false
+        raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
+    if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
+        raise ValueError("image: found NaN or infinite values, expected finite ones")
+    return best
+
+
+def _self_weight(w, kernels, values):
+    """sum_m w_m (what kernel m adds for i = j): (N, 1)."""
+    total = array_module(values).zeros_like(values[:, :1])
+    for w_m, kernel in zip(w, kernels):
+        total += w_m * kernel.self_weight[:, None]
+    return total
+
+
+def _softmax(z, best):
+    """losses.softmax of logits z (N, L), given the best score of each pixel before the messages.
+
+    Messages are moderate, as a rule, so that these scores do to keep exp in range: it spares the
+    maximum, which takes longer than all the rest.
+    """
+    xp = array_module(z)
+    with np.errstate(over="ignore"):
+        q = xp.exp(z - best)
+        total = xp.einsum("il->i", q)                                        # (N,)
+    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+        return softmax(z)
+    q *= (1 / total)[:, None]
+    return q
+
+
+def _through_softmax(dq, q):
+    """dL/dz from dL/dq, q = softmax(z), all (N, L)."""
+    return q * (dq - _row_dots(dq, q)[:, None])
+
+
+def _row_dots(a, b):
+    """sum_l a_il b_il: (N,)."""
+    return array_module(a).einsum("il,il->i", a, b)
+
+
+def _blocks(values):
+    """Slices of rows that can be updated one by one; a GPU does best with all at once."""
+    size = BLOCK if array_module(values) is np else len(values)
+    return [slice(start, min(start + size, len(values))) for start in range(0, len(values), size)]
+
+
+def _run(tasks, xp):
+    """Results of the functions in `tasks`, run in threads on the CPU.
+
+    No task adds into what another writes: the result is the same for any number of threads.
+    """
+    if xp is not np or THREADS == 1 or len(tasks) < 2:
+        return [task() for task in tasks]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda task: task(), tasks))

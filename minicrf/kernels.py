@@ -16,111 +16,110 @@ TILE = 2**22     # kernel entries that ExactFilter holds at a time
 class GaussianKernel:
     """K^, the kernel as Eq. 5 uses it: normalised, and without i = j where exclude_self is set.
 
-    features: (N, d) floats, in their own units; sigma: d widths in the same units.
+    features: (d, N) floats, in their own units; sigma: d widths in the same units.
     normalization: "symmetric", D^-1/2 K D^-1/2 with D = diag(K 1), or "none".
-    exclude_self: subtract the filter's own diagonal, kappa_i (over n_i, where normalised).
+    exclude_self: subtract the filter's own diagonal, kappa_i (over n_i where normalised).
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
+
+    Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; `self_weight`
+    (N,), the diagonal to subtract from it (zeros where exclude_self is not set).
     """
 
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False):
-        if normalization not in ("symmetric", "none"):
-            raise ValueError(f"normalization: found {normalization!r}, expected 'symmetric' or 'none'")
         xp = array_module(features)
-        features = features.T                                                # (d, N)
-        # centred: the moment form subtracts large squares from each other
-        features = features - features.mean(axis=1, keepdims=True)
-        self.features = features / xp.asarray(sigma, dtype=features.dtype)[:, None]
-        self.raw = (ExactFilter if exact else PermutohedralLattice)(self.features.T)
-        self.filtered = self.raw                                             # K, or D^-1/2 K D^-1/2
-        self.n = None
+        sigma = xp.asarray(sigma, dtype=features.dtype)
+        # centred, since the moment form subtracts large squares from each other
+        centred = features - features.mean(axis=1, keepdims=True)
+        self.features = centred / sigma[:, None]                             # (d, N)
+        self.K = (ExactFilter if exact else PermutohedralLattice)(self.features.T)
         if normalization == "symmetric":
-            self.n = self.raw.filter(xp.ones_like(self.features[:1].T))[:, 0]    # (N,)
-            self.filtered = self.raw.scaled(1 / xp.sqrt(self.n))
-        self.self_weight = self.filtered.diagonal if exclude_self else None  # (N,): kappa or kappa/n
+            self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
+            self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))
+        else:
+            self.n = None
+            self.K_hat = self.K
+        self.self_weight = self.K_hat.diagonal
+        if self.n is not None:      # n = kappa + the others: where neighbours miss, kappa is too large
+            self.self_weight = xp.minimum(self.self_weight, 1)
+        if not exclude_self:
+            self.self_weight = xp.zeros_like(self.self_weight)
 
     def apply(self, b):
         """K^ b for b (N, L)."""
-        out = self.filtered.filter(b)
-        if self.self_weight is not None:
-            out -= self.self_weight[:, None] * b
-        return out
+        return self.K_hat.filter(b) - self.self_weight[:, None] * b
 
     # forward: out = K^ b
     def apply_transpose(self, a):
         """K^^T a for a (N, L)."""
-        out = self.filtered.filter_transpose(a)
-        if self.self_weight is not None:
-            out -= self.self_weight[:, None] * a
-        return out
+        return self.K_hat.filter_transpose(a) - self.self_weight[:, None] * a
 
-    def moments(self, a, b, Kb, KTa):
-        """What <a, K^ b> adds to the shape gradient; a, b, Kb = K^ b and KTa = K^^T a are (N, L).
+    def weighted(self):
+        """For each feature F_k the filter diag(F_k) K_hat diag(F_k): a list of d."""
+        return [self.K_hat.scaled(f) for f in self.features]
 
-        Returns (outer, cross): outer (N,) = sum_l a Kb + b KTa; cross (d,) = <F_k a, K^ (F_k b)>.
-        Both are linear in <a, K^ b>: add them up over the mean-field steps, then call
-        shape_gradient once.
+    def shape_gradient(self, outer, cross, product):
+        """d<a, K^ b>/dlog sigma (d,) by the moment form.  For each feature F_k, unit width, this is
+
+            sum_ij a_i K_hat_ij b_j (F_ki - F_kj)^2 = sum_i F_ki^2 outer_i - 2 cross_k
+
+        outer: (N,), a (K_hat b) + b (K_hat^T a); cross: (d,), <a, G_k b> for G_k of `weighted`;
+        product: (N,), a b; all summed over the labels.  They are linear in <a, K^ b>: a sum of such
+        terms, over mean-field steps, needs this once.
+
+        Where K is normalised, sigma acts through n = K 1 too: + <c, dK 1>, with
+        c_i = (-outer_i / 2 + kappa_i / n_i product_i) / n_i.
         """
-        xp = array_module(a)
-        outer = _row_dots(a, Kb) + _row_dots(b, KTa)
-        cross = xp.stack([self.filtered.scaled(f).inner(a, b) for f in self.features])
-        if self.self_weight is not None:
-            cross -= self.features**2 @ (self.self_weight * _row_dots(a, b))
-        return outer, cross
-
-    def shape_gradient(self, outer, cross):
-        """d<a, K^ b>/dlog sigma (d,), from the sums of `moments`, by the moment form:
-
-            sum_ij a_i K_ij b_j (F_i - F_j)^2 = sum_i F_i^2 outer_i - 2 cross    (for each feature)
-
-        plus, where K is normalised, what it does through n = K 1: <c, dK 1>.  With K^ free of its
-        diagonal, c_i = -outer_i / (2 n_i): the terms with kappa cancel.
-        """
-        gradient = self.features**2 @ outer - 2 * cross                      # (d,)
-        if self.n is None:
-            return gradient
         xp = array_module(outer)
-        c = -outer / (2 * self.n)                                            # (N,)
-        F = self.features.T                                                  # (N, d)
-        n = self.n
-        K_F = self.raw.filter(xp.concatenate([F, F**2], axis=1))             # (N, 2d)
-        d = F.shape[1]
-        dn = F**2 * n[:, None] + K_F[:, d:] - 2 * F * K_F[:, :d]             # (N, d): dK 1
-        return gradient + c @ dn
-
-
-def _row_dots(a, b):
-    """sum_l a_il b_il: (N,)."""
-    return array_module(a).einsum("il,il->i", a, b)
+        squares = self.features**2                                           # (d, N)
+        gradient = squares @ outer - 2 * cross                               # (d,)
+        if self.n is not None:
+            c = (self.self_weight * product - outer / 2) / self.n            # (N,)
+            moments = xp.concatenate([self.features, squares]).T             # (N, 2d)
+            K_F, K_squares = xp.split(self.K.filter(moments).T, 2)           # (d, N) each
+            gradient += (squares * self.n + K_squares - 2 * self.features * K_F) @ c
+        return gradient
 
 
 class ExactFilter:
     """K by brute force, O(N^2): the twin of PermutohedralLattice that the tests measure it by.
 
-    features: (N, d), already divided by sigma.  Computes in float64, whatever the values' dtype; K is
-    symmetric, its diagonal 1.
+    features: (N, d), already divided by sigma.  Computes in float64 and returns the features' dtype;
+    K is symmetric, its diagonal 1.
     """
 
     def __init__(self, features):
         xp = array_module(features)
+        self.dtype = features.dtype
         self.features = features.astype(np.float64)
         self.scale = xp.ones_like(self.features[:, 0])                       # (N,)
         self.diagonal = xp.ones_like(features[:, 0])
 
     def filter(self, values):
-        """K @ values: (N, C) -> (N, C)."""
-        xp = array_module(values)
+        """K @ values: (N, C) -> (N, C).  Raises ValueError for another N."""
+        return self.gather(self.spread(values))
+
+    filter_transpose = filter
+
+    def spread(self, values):
+        """The first half of the filter, here next to nothing: (N, C) -> (N, C)."""
         if values.ndim != 2 or len(values) != len(self.features):
             raise ValueError(f"values: found shape {values.shape}, "
                              f"expected ({len(self.features)}, any): one row for each feature")
-        scaled_values = self.scale[:, None] * values                         # (N, C)
-        out = xp.empty_like(values)
-        rows = max(1, TILE // len(values))
-        for start in range(0, len(values), rows):
-            tile = slice(start, start + rows)
-            out[tile] = self.scale[tile, None] * (self._kernel(tile) @ scaled_values)
-        return out
+        return self.scale[:, None] * values
 
-    filter_transpose = filter
+    spread_transpose = spread
+
+    def gather(self, v, rows=None):
+        """The second half, at all of the points or at a slice of them: (N, C) -> (rows, C)."""
+        xp = array_module(v)
+        start, stop = (rows.start, rows.stop) if rows else (0, len(v))
+        out = xp.empty((stop - start, v.shape[1]), dtype=self.dtype)
+        step = max(1, TILE // len(v))
+        for first in range(start, stop, step):
+            tile = slice(first, min(first + step, stop))
+            K = self.scale[tile, None] * self._kernel(tile)                  # (tile, N)
+            out[first - start:tile.stop - start] = K @ v
+        return out
 
     def inner(self, a, b):
         """<a, K b>, summed over the columns, for a and b (N, C)."""

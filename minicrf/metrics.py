@@ -43,9 +43,9 @@ def boundary_band(labels, width):
     """The pixels within `width` pixels of a class boundary of the truth, (H, W) bool.
 
     A pixel is in the band where another label lies no further than width from it, centre to centre.
-    Void counts as a label of its own: VOC draws it as a rim over the boundary itself, so the band is
-    the labelled pixels on either side, as in the trimaps of [Chen 2015].  Void pixels are in the mask
-    too; `confusion_matrix` leaves them out.  The picture's border is no boundary.  NumPy only.
+    Void counts as a label of its own: VOC draws it as a rim over the boundary itself, so the band
+    is the labelled pixels on either side, as in the trimaps of Chen et al. (2015).  Void pixels are
+    in the mask too; `confusion_matrix` leaves them out.  The picture's border is no boundary.
     """
     band = np.zeros(labels.shape, bool)
     present = np.unique(labels)
@@ -60,9 +60,10 @@ def bootstrap_difference(a, b, samples=2000, seed=0):
     """How sure a difference of two mean IoUs is: paired bootstrap over images.
 
     a, b: (images, L, L) confusion matrices of the same images under two methods.  Images are drawn
-    with replacement, the same for both.  Returns (difference, (low, high), share): the mean IoU of a
-    minus that of b on all images, in points; the interval that holds 95% of the samples' differences;
-    the share of samples in which a is better.  Raises ValueError for unequal or empty input.
+    with replacement, the same for both.  Returns (difference, (low, high), share): mean IoU of a
+    minus that of b on all images, in points; the interval that holds 95% of the samples'
+    differences; the share of samples in which a is better.
+    Raises ValueError for unequal or empty input.
     """
     a, b = to_host(a), to_host(b)
     if a.shape != b.shape or a.ndim != 3 or not len(a):

@@ -11,8 +11,7 @@ import numpy as np
 from .arrays import array_module, sparse_module
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
-LARGEST_COORDINATE = 2**31  # in cells; float64 still resolves a point's place within its cell
-HASH_FACTORS = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xCA5A826395121157)    # any odd numbers
+LARGEST_COORDINATE = 2**28  # in cells: int32 holds them; float64 still resolves a point's place within its cell
 
 
 class PermutohedralLattice:
@@ -27,34 +26,53 @@ class PermutohedralLattice:
 
     def __init__(self, features):
         cells, ranks, offsets = _enclosing_simplices(features)               # each (d+1, N)
-        weights = _barycentric(offsets, ranks)                               # (d+1, N)
+        weights = _barycentric(offsets)                               # (d+1, N)
         corners, points = _corners(cells, ranks)                             # (N, d+1)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
         self.slice = _sparse_rows(weights.T, corners, len(points))           # (N, P)
         self.blurs = [_blur(points, axis, weights.dtype) for axis in range(d + 1)]
+        self._row_slices = {}
 
     def filter(self, values):
         """K @ values: (N, C) -> (N, C), unnormalised.  Raises ValueError for another N."""
+        return self.gather(self.spread(values))
+
+    def filter_transpose(self, values):
+        """K^T @ values: (N, C) -> (N, C)."""
+        return self.gather(self.spread_transpose(values))
+
+    # The two halves of a filter, for those who split the work: spread in one go, gather by rows.
+    def spread(self, values):
+        """Splat and blur: (N, C) -> (P, C)."""
         v = self._splat(values)                                              # (P, C)
         for blur in self.blurs:
             v = blur @ v
-        return self.slice @ (self.alpha * v)
+        v *= self.alpha
+        return v
 
-    def filter_transpose(self, values):
-        """K^T @ values: (N, C) -> (N, C).  Each blur is symmetric, but their order is not."""
+    def spread_transpose(self, values):
+        """The same for K^T: (N, C) -> (P, C).  Each blur is symmetric, but their order is not."""
         v = self._splat(values)                                              # (P, C)
         for blur in reversed(self.blurs):
             v = blur @ v
-        return self.slice @ (self.alpha * v)
+        v *= self.alpha
+        return v
+
+    def gather(self, v, rows=None):
+        """Slice what was spread, (P, C), at all of the N points or at a slice of them: (rows, C)."""
+        if rows is None:
+            return self.slice @ v
+        key = rows.start, rows.stop
+        if key not in self._row_slices:      # kept, since mean field comes back for the same rows
+            self._row_slices[key] = self.slice[rows]
+        return self._row_slices[key] @ v
 
     def inner(self, a, b):
         """<a, K b>, summed over the columns, for a and b (N, C): no need to slice.  A 0-d array."""
-        u, v = self._splat(a), self._splat(b)                                # (P, C)
-        for blur in self.blurs:
-            v = blur @ v
-        return self.alpha * (u * v).sum()
+        xp = array_module(a)
+        return xp.vdot(self._splat(a), self.spread(b))
 
     def scaled(self, s):
         """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
@@ -63,6 +81,7 @@ class PermutohedralLattice:
         weights = self.slice.data.reshape(corners.shape) * s[:, None]
         other.slice = _sparse_rows(weights, corners, self.slice.shape[1])
         other.diagonal = self.diagonal * s * s
+        other._row_slices = {}
         return other
 
     def _splat(self, values):
@@ -91,12 +110,13 @@ def _enclosing_simplices(features):
 
     cells = xp.rint(elevated)
     offsets = elevated - cells
-    ranks = xp.zeros(cells.shape, dtype=np.int16)
+    ranks = xp.empty(cells.shape, dtype=np.int16)
+    ranks[:] = xp.arange(d + 1)[:, None]
     for i in range(d + 1):
         for j in range(i + 1, d + 1):
             smaller = offsets[i] < offsets[j]
             ranks[i] += smaller
-            ranks[j] += ~smaller
+            ranks[j] -= smaller
 
     # rounding each coordinate by itself may leave the plane: put those with the most extreme
     # offsets right, which turns the order around
@@ -104,7 +124,7 @@ def _enclosing_simplices(features):
     up = (ranks < 0).astype(np.int16) - (ranks > d).astype(np.int16)         # (d+1, N): -1, 0 or 1
     ranks += (d + 1) * up
     cells += up
-    return cells.astype(np.int64), ranks, (elevated - cells).astype(features.dtype)
+    return cells.astype(np.int32), ranks, (elevated - cells).astype(features.dtype)
 
 
 def _elevate(features):
@@ -124,17 +144,19 @@ def _elevate(features):
     return elevated
 
 
-def _barycentric(offsets, ranks):
-    """Weights of the simplex' corners of remainder 0..d, from offsets and ranks: (d+1, N)."""
+def _barycentric(offsets):
+    """Weights of the simplex' corners of remainder 0..d, from offsets: both (d+1, N)."""
     xp = array_module(offsets)
-    d, n = len(offsets) - 1, offsets.shape[1]
-    sorted_offsets = xp.empty_like(offsets)
+    d = len(offsets) - 1
+    ordered = list(offsets)                       # largest first, by odd-even transposition sort
     for i in range(d + 1):
-        sorted_offsets[ranks[i], xp.arange(n)] = offsets[i]
+        for j in range(i % 2, d, 2):
+            above, below = ordered[j], ordered[j + 1]
+            ordered[j], ordered[j + 1] = xp.maximum(above, below), xp.minimum(above, below)
     weights = xp.empty_like(offsets)
-    weights[0] = 1 + sorted_offsets[d] - sorted_offsets[0]
+    weights[0] = 1 + ordered[d] - ordered[0]
     for r in range(1, d + 1):
-        weights[r] = sorted_offsets[d - r] - sorted_offsets[d + 1 - r]
+        weights[r] = ordered[d - r] - ordered[d + 1 - r]
     return weights
 
 
@@ -147,8 +169,9 @@ def _self_response(weights):
     d = len(weights) - 1
     r = np.arange(d + 1)
     m = abs(r[:, None] - r)                                                  # (d+1, d+1)
-    beta = xp.asarray(2.0**-m + 2.0**-(d + 1 - m), dtype=weights.dtype)      # 1 + 2^-(d+1) at m = 0
-    beta += xp.eye(d + 1, dtype=weights.dtype) * 2.0**-(d + 1)               # two ways around: 2^-d
+    beta = 2.0**-m + 2.0**-(d + 1 - m)
+    beta[m == 0] = 1 + 2.0**-d                    # not moved, or all the way around in either sense
+    beta = xp.asarray(beta, dtype=weights.dtype)
     return (weights * (beta @ weights)).sum(axis=0)
 
 
@@ -160,15 +183,16 @@ def _corners(cells, ranks):
     """
     xp = array_module(cells)
     d = len(cells) - 1
-    # neighbouring pixels share simplices: find these first, then the corners of each only once
-    simplices = _Index(xp.concatenate([cells[:d], ranks[:d].astype(np.int64)]))
+    # pixels share simplices: find those first, and the corners of each only once
+    simplices = _Index(xp.concatenate([cells[:d], ranks[:d]]))
     cells, ranks = simplices.columns[:d], simplices.columns[d:]              # (d, S) each
-    columns = xp.empty((d + 1, len(simplices), d + 1), dtype=np.int64)
+    corners = xp.empty((d + 1, d + 1, len(simplices)), dtype=cells.dtype)    # (column, r, S)
     for r in range(d + 1):
-        columns[:d, :, r] = cells - (ranks > d - r)
-        columns[d, :, r] = r
-    points = _Index(columns.reshape(d + 1, -1))                              # (d+1, S*(d+1))
-    return points.numbers.reshape(-1, d + 1)[simplices.numbers], points
+        corners[:d, r] = cells - (ranks > d - r)
+        corners[d, r] = r
+    points = _Index(corners.reshape(d + 1, -1))
+    numbers = points.numbers.reshape(d + 1, -1).T                            # (S, d+1)
+    return xp.take(xp.ascontiguousarray(numbers), simplices.numbers, axis=0), points
 
 
 def _blur(points, axis, dtype):
@@ -186,9 +210,9 @@ def _blur(points, axis, dtype):
     after[d, carry] = 0
     if axis < d:
         after[axis] -= 1
-    after = points.find(after)                                               # (P,), -1 if missing
+    after = points.find(after).astype(np.int32)                             # (P,), -1 if missing
 
-    p = xp.arange(len(points))
+    p = xp.arange(len(points), dtype=np.int32)
     before = xp.full_like(after, -1)
     before[after[after >= 0]] = p[after >= 0]
     columns = xp.stack([p, after, before], axis=1)                           # (P, 3)
@@ -205,12 +229,12 @@ def _sparse_rows(weights, columns, width):
     if not present.all():
         starts[1:] = xp.cumsum(present.sum(axis=1))
         weights, columns = weights[present], columns[present]
-    parts = weights.ravel(), columns.ravel().astype(np.int32, copy=False), starts
+    parts = weights.ravel(), columns.ravel(), starts
     return sparse_module(weights).csr_matrix(parts, shape=(n, width))
 
 
 class _Index:
-    """The distinct columns of an integer (k, n) array, numbered in sorted order: exact, no sorting.
+    """The distinct columns of an integer (k, n) array, in sorted order, and a way to look them up.
 
     `columns` (k, len) are the distinct ones; `numbers` (n,) says which each of the n columns is.
     """
@@ -220,72 +244,44 @@ class _Index:
         self.low = [int(row.min()) for row in columns]
         self.span = [int(row.max()) + 1 - low for row, low in zip(columns, self.low)]
         self.prefixes = {}
-        self.words, self.numbers = distinct(self._pack(columns)[0])
-        member = xp.empty(len(self.words), dtype=np.int64)
-        member[self.numbers] = xp.arange(len(self.numbers))
+        self.words, numbers = xp.unique(self._pack(columns), return_inverse=True)
+        self.numbers = numbers.astype(np.int32)                              # (n,)
+        member = xp.empty(len(self.words), dtype=np.int32)
+        member[numbers] = xp.arange(len(numbers), dtype=np.int32)
         self.columns = columns[:, member]
 
     def __len__(self):
         return len(self.words)
 
     def find(self, columns):
-        """The numbers (n,) of columns (k, n), -1 for those that are not in the index."""
+        """The numbers (n,) of columns (k, n); -1 for those that are not in the index."""
         xp = array_module(columns)
-        words, known = self._pack(columns)
-        number, found = _look_up(self.words, words)
-        return xp.where(known & found, number, -1)
+        numbers = _look_up(self.words, self._pack(columns))
+        for digit, low, span in zip(columns, self.low, self.span):
+            numbers[(digit < low) | (digit >= low + span)] = -1
+        return numbers
 
     def _pack(self, columns):
-        """Columns as words (n,), digit by digit, and whether each can be in the index at all.
+        """Each column as one integer, digit by digit: equal if and only if the columns are equal.
 
-        Where one word is too short, the digits so far are replaced by their number in `prefixes`.
+        Where 64 bits are too few, the digits so far are replaced by their number among those that
+        the index holds, from `prefixes`; by -1 if it holds no such column: the word stays negative.
         """
-        word, known, size = columns[0] * 0, columns[0] == columns[0], 1
+        xp = array_module(columns)
+        words, size = xp.zeros(columns.shape[1], dtype=np.int64), 1
         for k, (digit, low, span) in enumerate(zip(columns, self.low, self.span)):
             if size * span >= LARGEST_WORD:
                 if k not in self.prefixes:
-                    self.prefixes[k] = distinct(word)[0]
-                size = len(self.prefixes[k])
-                word, found = _look_up(self.prefixes[k], word)
-                known &= found
-            known &= (digit >= low) & (digit < low + span)
-            word = word * span + (digit - low)
+                    self.prefixes[k] = xp.unique(words)
+                words, size = _look_up(self.prefixes[k], words), len(self.prefixes[k])
+            words *= span
+            words += digit - low
             size *= span
-        return word, known
+        return words
 
 
 def _look_up(table, words):
-    """Places of words in the sorted table, and whether each is there."""
+    """The places of words in the sorted table; -1 for those that it does not hold."""
     xp = array_module(table)
     place = xp.minimum(xp.searchsorted(table, words), len(table) - 1)
-    return place, table[place] == words
-
-
-def distinct(words):
-    """np.unique with inverse, for n integers >= 0 of which few differ: hashes them, sorts those few.
-
-    All words are written into a table at once; of those that meet in a slot one stays.  Reading back
-    tells which: they and their equals are done, the others go into another table, and so on.
-    """
-    xp = array_module(words)
-    place = xp.empty(len(words), dtype=np.int64)
-    found, n_found, pending = [], 0, xp.arange(len(words))
-    while len(pending):
-        bits = max(int(len(pending)).bit_length(), 4)
-        table = xp.full(2**bits, -1, dtype=np.int64)
-        left = words[pending]
-        factor = np.uint64(HASH_FACTORS[len(found) % len(HASH_FACTORS)])
-        slot = ((left.astype(np.uint64) * factor) >> np.uint64(64 - bits)).astype(np.int64)
-        table[slot] = left
-        done = table[slot] == left
-        taken = table >= 0
-        number = xp.cumsum(taken) - 1 + n_found
-        place[pending[done]] = number[slot[done]]
-        found.append(table[taken])
-        n_found += len(found[-1])
-        pending = pending[~done]
-    found = xp.concatenate(found)
-    order = xp.argsort(found)
-    rank = xp.empty_like(order)
-    rank[order] = xp.arange(len(order))
-    return found[order], rank[place]
+    return xp.where(table[place] == words, place, -1)

@@ -1,7 +1,7 @@
 """Draws a small set of pictures in VOC's format, for the default run and the tests.
 
 What it is: five kinds of objects, each with its shape, its texture and a wide range of colours that
-overlaps with those of other kinds and of the backgrounds; shaded, overlapping, cut off by the border,
+overlaps with those of other kinds and of backgrounds; shaded, overlapping, cut off by the border,
 noisy, compressed as JPEG.  What it is not: photographs, or evidence for what a CRF gains on them.
 Legend: H x W pixels; u, v an object's own coordinates, in which its outline has a radius near 1.
 """
@@ -93,8 +93,8 @@ def picture(rng, h, w):
 
 
 def _colour(rng, kind):
-    """Hue, saturation, value: around the kind's own hue, and for one object in four anywhere."""
-    hue = rng.random() if rng.random() < 0.1 else (kind / 5 + rng.normal(0, 0.05)) % 1
+    """Hue, saturation, value: around the kind's own hue, and for one object in seven anywhere."""
+    hue = rng.random() if rng.random() < 0.15 else (kind / 5 + rng.normal(0, 0.08)) % 1
     return hue, rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.95)
 
 
@@ -148,7 +148,7 @@ def _paint(pattern, colour, rng):
     hue, saturation, value = colour
     light = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
     dark = np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.04)) % 1, saturation,
-                                        value * rng.uniform(0.45, 0.75)))
+                                        value * rng.uniform(0.35, 0.65)))
     slope_y, slope_x = rng.uniform(-0.4, 0.4, 2)
     y, x = np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)
     shade = np.clip(1 + slope_y * y + slope_x * x, 0.3, 1.5)[:, :, None]   # (h, w, 1)

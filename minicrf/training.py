@@ -7,6 +7,8 @@ Legend: B images in a batch, L labels, h x w score cells, H x W original pixels,
 import csv
 import os
 import signal
+import sys
+import time
 
 import numpy as np
 from tqdm import tqdm
@@ -73,15 +75,23 @@ def accumulate_gradients(model, batch, share, train_net=True):
     return total
 
 
-def evaluate(model, samples, n_classes):
-    """Confusion matrices of each image, int64 (images, L, L): {"unary": ..., "crf": ...}.
+def evaluate(model, samples, n_classes, band=5):
+    """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
 
-    samples: iterable of (image, labels).  "crf" is there where the model has one.
+    samples: iterable of (image, labels); "crf" is there where the model has one.  "unary_band" and
+    "crf_band" count the pixels within `band` pixels of a class boundary alone (0: left out).
     """
-    counts = {"unary": []} if model.crf is None else {"unary": [], "crf": []}
+    counts = {}
     for image, truth in samples:
-        for method, prediction in zip(counts, model.predict(image)):
-            counts[method].append(metrics.confusion_matrix(truth, prediction, n_classes))
+        near = metrics.boundary_band(truth, band) if band else None
+        for method, prediction in zip(("unary", "crf"), model.predict(image)):
+            if prediction is None:
+                continue
+            counts.setdefault(method, []).append(
+                metrics.confusion_matrix(truth, prediction, n_classes))
+            if band:
+                counts.setdefault(f"{method}_band", []).append(
+                    metrics.confusion_matrix(truth[near], prediction[near], n_classes))
     return {method: np.stack(each) for method, each in counts.items()}
 
 
@@ -130,15 +140,15 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
 class Log:
     """log.csv: a row for each iteration, appended; a resumed run goes on behind its checkpoint."""
 
+    COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary")
+
     def __init__(self, path, model, stage, start):
         """Drops the rows of `stage` after iteration `start`: they are about to be computed again."""
-        self.path, self.model, self.stage = path, model, stage
-        rows = read_log(path)
-        columns = ["stage", "iteration", "loss", "rate", "miou", "miou_unary"] + [
-            f"{key}_{i}" for key, p in (model.crf.params.items() if model.crf else ())
-            for i in range(len(p))]
-        self.columns = list(dict.fromkeys([*(rows[0] if rows else ()), *columns]))
-        rows = [row for row in rows if row["stage"] != stage or int(row["iteration"]) <= start]
+        self.path, self.stage = path, stage
+        self.params = model.crf.params if model.crf is not None else {}
+        rows = [row for row in read_log(path)
+                if row["stage"] != stage or int(row["iteration"]) <= start]
+        self.columns = list(dict.fromkeys([*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]))
         with open(f"{path}.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
@@ -146,12 +156,13 @@ class Log:
         os.replace(f"{path}.tmp", path)
 
     def append(self, iteration, loss, rate, **values):
-        row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate, **values)
-        if self.model.crf is not None:
-            row |= {f"{key}_{i}": repr(float(value)) for key, p in self.model.crf.params.items()
-                    for i, value in enumerate(p)}
+        row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
+            csv.DictWriter(file, self.columns, restval="").writerow(row | values | self._values())
+
+    def _values(self):
+        return {f"{key}_{i}": repr(float(value)) for key, p in self.params.items()
+                for i, value in enumerate(p)}
 
 
 def read_log(path):
@@ -162,57 +173,73 @@ def read_log(path):
         return list(csv.DictReader(file))
 
 
-def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations,
+class Progress:
+    """How far training is: a bar on a terminal, otherwise a plain line now and then."""
+
+    def __init__(self, stage, start, iterations, batch_size):
+        self.stage, self.start, self.iterations, self.batch_size = stage, start, iterations, batch_size
+        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())
+        self.began = self.shown = time.monotonic()
+
+    def update(self, iteration, loss, note=""):
+        now = time.monotonic()
+        each = (now - self.began) / (iteration - self.start)             # seconds an iteration
+        speed = f"{self.batch_size / each:.2f}"
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed} images/s")
+        self.bar.update()
+        last = iteration == self.iterations
+        if note and not self.bar.disable:
+            self.bar.write(f"{self.stage} {iteration}/{self.iterations}: {note}")
+        if self.bar.disable and (note or last or now - self.shown > 30):
+            self.shown = now
+            left = tqdm.format_interval(each * (self.iterations - iteration))
+            print(f"{self.stage} {iteration}/{self.iterations}: loss {loss:.3f}, {speed} images/s, "
+                  f"{left} left{note and ', '}{note}", flush=True)
+
+
+def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations, batch_size,
         micro_batch=None, drop=0.75, evaluate_every=50):
     """Train one stage from iteration `start` to `iterations`; True when it got there.
 
     batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve.
     out: folder of log.csv and of STAGE.npz, the last state, and STAGE_best.npz, that of the best
-    mean IoU seen.  info: dict kept in the checkpoints: seed, class names, ... ; "iteration" and
-    "best" are set here.  drop: share of the iterations after which rates fall to a tenth.
-    Ctrl-C finishes the iteration, saves, and returns False.  Raises FloatingPointError where the
-    loss is no longer finite; the last checkpoint then stands.
+    mean IoU seen.  info: dict kept in the checkpoints, "seed" among it; sets "iteration" and "best".
+    drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the iteration,
+    saves, and returns False.  Raises FloatingPointError where the loss is no longer finite.
     """
-    log = Log(os.path.join(out, "log.csv"), model, stage, start)
     path = os.path.join(out, stage)
+    log = Log(os.path.join(out, "log.csv"), model, stage, start)
+    progress = Progress(stage, start, iterations, batch_size)
     stop = []
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    progress = tqdm(total=iterations, initial=start, desc=stage, unit="it", dynamic_ncols=True,
-                    mininterval=0.5 if os.isatty(2) else 30)
     try:
         for iteration in range(start + 1, iterations + 1):
-            batch = next(batches)
             optimiser.scale = 0.1 if iteration > drop * iterations else 1.0
-            loss = float(train_step(model, optimiser, batch, info["seed"], iteration, micro_batch))
+            loss = float(train_step(model, optimiser, next(batches), info["seed"], iteration,
+                                    micro_batch))
             if not np.isfinite(loss):
                 raise FloatingPointError(
                     f"{stage}: iteration {iteration}: found loss {loss}, expected a finite one; "
-                    f"what {path}.npz held before is kept; try a smaller --rate")
-            progress.set_postfix(loss=f"{loss:.3f}", img_s=f"{images_per_second(progress, batch)}")
-            progress.update()
-            last = iteration == iterations or bool(stop)
-            values, better = {}, False
-            if iteration % evaluate_every == 0 or last and not stop:
+                    f"checkpoints written before are kept; try a smaller --rate")
+            miou = {}
+            if iteration % evaluate_every == 0 or iteration == iterations:
                 miou = validate()
-                values = {"miou": miou.get("crf", miou["unary"]), "miou_unary": miou["unary"]}
-                better = values["miou"] > info.get("best", -1)
-                info["best"] = max(values["miou"], info.get("best", -1))
-            log.append(iteration, loss, optimiser.scale, **values)
+            log.append(iteration, loss, optimiser.scale,
+                       **{"miou": list(miou.values())[-1], "miou_unary": miou["unary"]} if miou else {})
+            progress.update(iteration, loss, ", ".join(f"{k} mean IoU {v:.2f}" for k, v in miou.items()))
             info["iteration"] = iteration
-            if values or last:
+            if miou or stop:
+                better = bool(miou) and list(miou.values())[-1] > info.get("best", -1)
+                if better:
+                    info["best"] = list(miou.values())[-1]
                 checkpoints.save(f"{path}.npz", model, info, optimiser)
                 if better:
                     checkpoints.save(f"{path}_best.npz", model, info)
             if stop:
-                return False
+                return iteration == iterations
         return True
     finally:
-        progress.close()
+        progress.bar.close()
         batches.close()
         signal.signal(signal.SIGINT, previous)
-
-
-def images_per_second(progress, batch):
-    """Speed for the progress bar, smoothed by tqdm."""
-    rate = progress.format_dict["rate"]
-    return f"{rate * len(batch):.2f}" if rate else "?"

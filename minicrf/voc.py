@@ -59,8 +59,8 @@ def image_list(root, split, sbd=None):
     """The image ids of a split, "train" or "val", in a fixed order.
 
     With sbd the training list is (VOC train + SBD train + SBD val) minus VOC val: 10582 images on
-    the full data.  sbd: SBD's benchmark_RELEASE folder or the dataset folder in it, with .mat labels;
-    or a SegmentationClassAug folder of label PNGs, or the folder that holds it.
+    the full data.  sbd: SBD's benchmark_RELEASE folder or the dataset folder in it (labels as .mat
+    files); or a SegmentationClassAug folder of label PNGs, or the folder that holds it.
     Raises FileNotFoundError for missing folders and lists, ValueError for lists that make no sense.
     """
     ids, problems = _image_list(root, split, sbd)
@@ -73,7 +73,8 @@ def image_list(root, split, sbd=None):
 def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     """One image and its labels: (H, W, 3) uint8 RGB and (H, W) uint8.
 
-    Labels come from VOC's SegmentationClass where they are there, otherwise from sbd.
+    Labels come from VOC's SegmentationClass where they are there, otherwise from sbd; leave sbd out
+    for validation, since SBD's labels have no void.
     Raises FileNotFoundError or ValueError, naming the file, for anything that cannot be right.
     """
     image_path, label_path = _paths(root, image_id, sbd)
@@ -91,32 +92,23 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
 
 def check(root, sbd=None):
     """Every problem of a whole data set, as a list of lines; empty where all is well."""
-    problems, lists = [], {}
-    n_classes = VOID
-    try:
-        n_classes = len(class_names(root))
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
+    names, line = _attempt(class_names, root)
+    problems, lists = [line], {}
     for split in ("train", "val"):
-        try:
-            lists[split], more = _image_list(root, split, sbd)
-            problems += more
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    train, val = lists.get("train", []), lists.get("val", [])
+        found, line = _attempt(_image_list, root, split, sbd)
+        lists[split], more = found or ([], [])
+        problems += [line, *more]
     problems += [f"{root}: found {image_id} in both train.txt and val.txt, expected it in one"
-                 for image_id in sorted(set(train) & set(val))]
+                 for image_id in sorted({*lists["train"]} & {*lists["val"]})]
 
-    def problem(image_id):
-        try:
-            load(root, image_id, sbd, n_classes)
-        except (ValueError, OSError) as error:
-            return str(error)
+    def load_one(image):
+        return _attempt(load, root, *image, len(names or range(VOID)))[1]
 
-    ids = list(dict.fromkeys(train + val))
+    # validation needs VOC's own labels: SBD's have no void
+    ids = [(i, sbd) for i in lists["train"]] + [(i, None) for i in lists["val"]]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        walk = tqdm(pool.map(problem, ids), "check", len(ids), unit="image", disable=None)
-        return list(dict.fromkeys(problems + [line for line in walk if line]))
+        problems += tqdm(pool.map(load_one, ids), "check", len(ids), unit="image", disable=None)
+    return list(dict.fromkeys(filter(None, problems)))
 
 
 def network_input(image, size, mean):
@@ -178,6 +170,14 @@ def save_labels(path, labels):
 
 # What follows finds and reads single files.
 
+def _attempt(function, *arguments):
+    """(result, None), or (None, the line that says what is wrong)."""
+    try:
+        return function(*arguments), None
+    except (ValueError, OSError) as error:
+        return None, str(error)
+
+
 def _folder(root):
     """root as a Path, after checking that VOC's three folders are in it."""
     root = pathlib.Path(root)
@@ -224,13 +224,13 @@ def _lines(path):
 def _ids(path):
     """The ids in an image list, each once, and the problems of the list as lines."""
     counts = collections.Counter(_lines(path))
-    problems = [f"{path}: found {name!r} {count} times, expected each image once"
+    problems = [f"{path}: found {name[:100]!r} {count} times, expected each image once"
                 for name, count in counts.items() if count > 1]
     # an id is a bare file name: no folder, no drive, no '..', nothing hidden
-    bad = [name for name in counts if not re.fullmatch(r"\w[\w .+()-]*", name)]
-    problems += [f"{path}: found {name!r}, expected an image id such as 2007_000032, without folder"
-                 for name in bad]
-    return [name for name in counts if name not in bad], problems
+    sound = {name: re.fullmatch(r"\w[\w .+()-]{0,99}", name) for name in counts}
+    problems += [f"{path}: found {name[:100]!r}, expected an image id such as 2007_000032, "
+                 "without folder" for name in counts if not sound[name]]
+    return [name for name in counts if sound[name]], problems
 
 
 def _image_list(root, split, sbd=None):
@@ -269,10 +269,10 @@ def _paths(root, image_id, sbd):
         images.append(folder.parent / "img" / f"{image_id}.jpg")
         labels.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
     for kind, places in (("image", images), ("labels", labels)):
-        if not any(path.is_file() for path in places):
+        if not any(map(os.path.isfile, places)):
             raise FileNotFoundError(f"{' and '.join(map(str, places))}: found no such file, "
                                     f"expected the {kind} of image id {image_id}")
-    return tuple(next(path for path in places if path.is_file()) for places in (images, labels))
+    return tuple(next(filter(os.path.isfile, places)) for places in (images, labels))
 
 
 def _open(path):

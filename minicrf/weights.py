@@ -73,11 +73,11 @@ def read_torchvision(path):
         if f"{theirs}.weight" in tensors and f"{theirs}.bias" in tensors:
             weights[f"{name}_w"] = tensors[f"{theirs}.weight"]
             weights[f"{name}_b"] = tensors[f"{theirs}.bias"]
-    if weights.get("fc6_w") is not None and weights["fc6_w"].shape == (4096, 512 * 49):
-        weights["fc6_w"] = weights["fc6_w"].reshape(4096, 512, 7, 7)
-    if weights.get("fc7_w") is not None and weights["fc7_w"].shape == (4096, 4096):
-        weights["fc7_w"] = weights["fc7_w"].reshape(4096, 4096, 1, 1)
-    if weights.get("conv1_1_w") is not None and weights["conv1_1_w"].shape == (64, 3, 3, 3):
+    for name, taps in (("fc6", 7), ("fc7", 1)):                          # matrices -> kernels
+        w = weights.get(f"{name}_w")
+        if w is not None and w.ndim == 2 and w.shape[1] % taps ** 2 == 0:
+            weights[f"{name}_w"] = w.reshape(len(w), w.shape[1] // taps ** 2, taps, taps)
+    if "conv1_1_w" in weights and weights["conv1_1_w"].shape[1:] == (3, 3, 3):
         # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean stays
         # outside: folded into the bias, it would be wrong where the border is padded with zeros.
         std = np.array([0.229, 0.224, 0.225])                            # RGB

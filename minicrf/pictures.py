@@ -1,0 +1,67 @@
+"""Photographs as people have them: any orientation, colour mode and bit depth -> RGB, uint8."""
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")       # none that starts other programs
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+def read_photograph(path):
+    """A photograph as (H, W, 3) uint8 RGB, turned as its orientation tag says.
+
+    Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
+    or OSError with one line that names the file.
+    """
+    try:
+        picture = Image.open(path, formats=FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"found {picture.width}x{picture.height} pixels, "
+                             f"expected at most {MAX_PIXELS}")
+        picture = ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: found no such file, expected a photograph") from None
+    except Exception as error:      # Pillow raises half a dozen kinds for broken files
+        reason = " ".join(str(error).replace(str(path), "this file").split())
+        raise ValueError(f"{path}: not a readable photograph ({reason})") from None
+    if picture.mode.startswith(("I", "F")):                              # 16 bits and more
+        values = np.asarray(picture, np.float64)
+        picture = Image.fromarray((values / max(values.max(), 1) * 255).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.array(picture.convert("RGB"))
+
+
+def find_photographs(path):
+    """The photographs that path names: itself, or those in a folder, sorted by name.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if not os.path.isdir(path):
+        return [path]
+    found = sorted(os.path.join(path, name) for name in os.listdir(path)
+                   if name.lower().endswith(ENDINGS))
+    if not found:
+        raise FileNotFoundError(f"{path}: found no photographs, expected files ending in "
+                                f"{', '.join(ENDINGS)}")
+    return found
+
+
+def shrink(image, max_pixels=1 << 20):
+    """A photograph (H, W, 3) of at most max_pixels, its shape kept; unchanged where it fits."""
+    H, W = image.shape[:2]
+    scale = (max_pixels / (H * W)) ** 0.5
+    if scale >= 1:
+        return image
+    size = max(1, int(W * scale)), max(1, int(H * scale))
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def enlarge(labels, size):
+    """Labels (h, w) at another size (H, W), by nearest neighbour; unchanged where they have it."""
+    if labels.shape == size:
+        return labels
+    return np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))

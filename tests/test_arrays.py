@@ -1,0 +1,70 @@
+"""NumPy or CuPy: chosen from the argument, in one file."""
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+import minicrf
+from minicrf import arrays
+from minicrf.arrays import array_module, gpu_available, sparse_module, to_device, to_host
+
+needs_gpu = pytest.mark.skipif(not gpu_available(), reason="no CUDA device with cupy")
+
+
+@pytest.mark.parametrize("x", [np.ones(3), np.float32(1), np.zeros((0, 2), np.uint8)])
+def test_numpy_arrays_belong_to_numpy(x):
+    assert array_module(x) is np
+    assert sparse_module(x) is scipy.sparse
+
+
+def test_everything_works_without_cupy(monkeypatch):
+    monkeypatch.setattr(arrays, "cupy", None)
+    x = np.arange(3.0)
+    assert array_module(x) is np and sparse_module(x) is scipy.sparse
+    assert gpu_available() is False
+    assert to_device(x, "cpu") is x and to_host(x) is x
+    with pytest.raises(ValueError, match="found 'gpu', but no CUDA device"):
+        to_device(x, "gpu")
+
+
+def test_cpu_arrays_are_not_copied():
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert to_host(x) is x
+    assert to_device(x, "cpu") is x
+
+
+def test_lists_become_arrays():
+    assert np.array_equal(to_device([1, 2], "cpu"), np.array([1, 2]))
+
+
+@pytest.mark.parametrize("device", ["cuda", "GPU", "", None, 0])
+def test_unknown_device_is_named(device):
+    with pytest.raises(ValueError) as error:
+        to_device(np.ones(2), device)
+    assert str(error.value) == f"device: found {device!r}, expected 'cpu' or 'gpu'"
+
+
+def test_no_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(arrays, "gpu_available", lambda: False)
+    with pytest.raises(ValueError) as error:
+        to_device(np.ones(2), "gpu")
+    assert "gpu" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cupy_is_imported_in_arrays_alone():
+    package = pathlib.Path(minicrf.__file__).parent
+    importers = [file.name for file in sorted(package.glob("*.py"))
+                 if re.search(r"^\s*(import|from)\s+cupy", file.read_text("utf-8"), re.M)]
+    assert importers == ["arrays.py"]
+
+
+@needs_gpu
+def test_to_the_gpu_and_back():
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    there = to_device(x, "gpu")
+    assert array_module(there) is not np and sparse_module(there) is not scipy.sparse
+    assert there.dtype == x.dtype and to_device(there, "gpu") is there
+    assert np.array_equal(to_host(there), x)
+    assert np.array_equal(to_device(there, "cpu"), x)

@@ -1,0 +1,131 @@
+"""Pictures and tables: what is drawn is where it belongs, and says what it should."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicrf import figures, voc
+from minicrf.losses import VOID
+
+
+def labels_of_quarters(h=12, w=16):
+    labels = np.zeros((h, w), np.uint8)
+    labels[h // 2:, :w // 2] = 1
+    labels[:, w // 2:] = 15
+    labels[0] = VOID
+    return labels
+
+
+def row(predictions=("unary", "joint"), h=12, w=16):
+    labels = labels_of_quarters(h, w)
+    guess = np.where(labels == VOID, 0, labels)
+    image = np.full((h, w, 3), 100, np.uint8)
+    return dict(image=image, labels=labels, name="2007_000001",
+                predictions={method: (guess, 50.0) for method in predictions})
+
+
+def pixels(path):
+    return np.array(Image.open(path).convert("RGB")).astype(int)
+
+
+def count(picture, colour):
+    return int((picture == np.array(colour)).all(axis=-1).sum())
+
+
+def test_overlay_blends_vocs_colours_and_hatches_void():
+    labels = labels_of_quarters()
+    image = np.full((*labels.shape, 3), 100, np.uint8)
+    solid = figures.overlay(image, labels, alpha=1)
+    assert solid.dtype == np.uint8 and tuple(solid[-1, 0]) == (128, 0, 0)
+    assert tuple(solid[5, -1]) == (192, 128, 128)
+    assert 0 < solid[3, 0, 0] < 100                                # background stays visible
+    assert set(solid[0, :, 0].tolist()) == {90, 255}
+    faint = figures.overlay(image, labels, alpha=0)
+    assert len(np.unique(faint[1:])) == 1
+    mine = figures.overlay(image, labels, np.array([[0, 0, 0], [9, 8, 7]], np.uint8), alpha=1)
+    assert tuple(mine[-1, 0]) == (9, 8, 7)
+    with pytest.raises(ValueError, match=r"labels: found shape \(11, 16\), expected \(12, 16\)"):
+        figures.overlay(image, labels[1:])
+
+
+def test_panel_has_a_column_for_each_method_and_leaves_gaps_for_missing_ones(tmp_path):
+    path = tmp_path / "panel.png"
+    figures.panel(path, [row(), row(["unary"])], voc.CLASS_NAMES, width=160)
+    assert [p.name for p in tmp_path.iterdir()] == ["panel.png"]
+    picture = pixels(path)
+    assert picture.shape[1] == 10 + 4 * 170
+    truth = figures.overlay(row()["image"], labels_of_quarters())[-1, 0]
+    person = figures.overlay(row()["image"], labels_of_quarters())[-1, -1]
+    for colour in (truth, person):
+        areas = [count(picture[:, 10 + i * 170:170 + i * 170], colour) for i in range(4)]
+        assert areas[0] == 0 and areas[3] > 1000                   # the second row has no joint
+        assert areas[2] == 2 * areas[3] and areas[1] >= 0.9 * areas[2]
+    figures.panel(path, [row([])], voc.CLASS_NAMES, width=160)
+    assert pixels(path).shape[1] == 10 + 2 * 170
+
+
+def test_panel_names_the_classes_with_their_colours(tmp_path):
+    figures.panel(tmp_path / "few.png", [row()], voc.CLASS_NAMES)
+    picture = pixels(tmp_path / "few.png")
+    for label in (1, 15):
+        assert count(picture, voc.palette(21)[label]) >= 14 * 14
+    assert count(picture, voc.palette(21)[2]) == 0
+    many = row()
+    many["labels"] = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16) % 21
+    figures.panel(tmp_path / "many.png", [many], voc.CLASS_NAMES, title="Twenty-one classes")
+    assert pixels(tmp_path / "many.png").shape[1] == picture.shape[1]
+
+
+def test_panel_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="panel.png: found no images"):
+        figures.panel(tmp_path / "panel.png", [], voc.CLASS_NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def log(stage, values, step=10):
+    rows = [dict(stage=stage, iteration=str(step * i + step), miou=str(v))
+            for i, v in enumerate(values)]
+    return rows + [dict(stage=stage, iteration="5", miou="")]
+
+
+def test_curves_draw_each_stage_in_its_plot(tmp_path):
+    path = tmp_path / "curves.png"
+    figures.curves(path, log("unary", [10, 30, 40]) + log("joint", [42, 47]), size=(800, 360))
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+    picture = pixels(path)
+    assert picture.shape == (360, 800, 3)
+    left, right = picture[:, :400], picture[:, 400:]
+    assert count(left, figures.BLUE) > 200 and count(left, figures.ORANGE) == 0
+    assert count(right, figures.ORANGE) > 200 and count(right, figures.BLUE) > 100
+
+
+def test_best_unary_value_is_a_line_at_its_height_in_the_joint_plot(tmp_path):
+    figures.curves(tmp_path / "c.png", log("unary", [10, 30, 20]) + log("joint", [42, 47]))
+    blue = (pixels(tmp_path / "c.png") == figures.BLUE).all(axis=-1)
+    line = blue[:, 500:].sum(axis=1).argmax()                      # the row with most blue
+    peak = blue[:, 71:476].any(axis=1).argmax()                    # the top of the unary curve
+    assert abs(line - (peak + 3)) <= 2
+
+
+@pytest.mark.parametrize("rows", [[], log("unary", []), log("unary", [12.5]), log("joint", [50]),
+                                  log("unary", ["nan", 20]), log("unary", [0, 0, 0]),
+                                  log("unary", [100, 100]), log("unary", [33.3] * 3, step=10000),
+                                  log("joint", [71.23, 71.24]), log("piecewise", [3, 4])])
+def test_curves_of_odd_logs_are_drawn(tmp_path, rows):
+    figures.curves(tmp_path / "curves.png", rows)
+    assert pixels(tmp_path / "curves.png").shape == (420, 1000, 3)
+
+
+def test_table_is_aligned_and_shows_absent_classes():
+    results = {method: {"miou": 51.87, "iou": {name: 50.123 for name in voc.CLASS_NAMES}}
+               for method in ("unary", "unary, trained longer", "piecewise", "joint")}
+    results["joint"]["iou"]["boat"] = None
+    results["unary"]["iou"]["boat"] = float("nan")
+    del results["piecewise"]["iou"]["boat"]
+    lines = figures.table(results, voc.CLASS_NAMES).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+    assert [line.split()[0] for line in lines[2:-2]] == list(voc.CLASS_NAMES)
+    boat = next(line for line in lines if line.startswith("boat"))
+    assert boat.split() == ["boat", "-", "50.1", "-", "-"]
+    assert lines[-1].split() == ["mean", "IoU"] + ["51.9"] * 4
+    ends = [lines[0].index(method) + len(method) for method in results]
+    assert all(line[end - 1] in "0123456789-" for line in lines[2:] for end in ends)

@@ -1,0 +1,94 @@
+"""Momentum SGD against steps worked out by hand."""
+import numpy as np
+import pytest
+
+from minicrf.gradcheck import relative_error
+from minicrf.optim import SGD
+
+
+def optimiser(momentum=0.5, dtype=np.float64):
+    """One weight that decays and one bias that does not."""
+    params = {"w": np.array([1.0, -2.0], dtype), "b": np.array([4.0], dtype)}
+    grads = {key: np.zeros_like(p) for key, p in params.items()}
+    return SGD(params, grads, rates={"w": 0.1, "b": 0.2}, decays={"w": 0.5, "b": 0}, momentum=momentum)
+
+
+def step(sgd, w, b):
+    sgd.grads["w"] += np.array(w, sgd.grads["w"].dtype)
+    sgd.grads["b"] += np.array(b, sgd.grads["b"].dtype)
+    sgd.step()
+
+
+def test_three_steps_by_hand():
+    sgd = optimiser()
+    step(sgd, [1, 0], [1])
+    # w: v = -0.1 ([1, 0] + 0.5 [1, -2]) = [-0.15, 0.1];    b: v = -0.2
+    assert relative_error(sgd.params["w"], [0.85, -1.9]) < 1e-14
+    assert relative_error(sgd.params["b"], [3.8]) < 1e-14
+    step(sgd, [0, 0], [0])
+    # w: v = 0.5 v - 0.1 * 0.5 [0.85, -1.9] = [-0.1175, 0.145];    b: v = -0.1
+    assert relative_error(sgd.params["w"], [0.7325, -1.755]) < 1e-14
+    assert relative_error(sgd.params["b"], [3.7]) < 1e-14
+    step(sgd, [-1, 2], [-1])
+    # w: v = 0.5 v - 0.1 ([-1, 2] + 0.5 [0.7325, -1.755]) = [0.004625, -0.03975];    b: v = 0.15
+    assert relative_error(sgd.velocity["w"], [0.004625, -0.03975]) < 1e-12
+    assert relative_error(sgd.params["w"], [0.737125, -1.79475]) < 1e-14
+    assert relative_error(sgd.params["b"], [3.85]) < 1e-14
+
+
+def test_gradients_are_zeroed():
+    sgd = optimiser()
+    step(sgd, [1, 2], [3])
+    assert not sgd.grads["w"].any() and not sgd.grads["b"].any()
+
+
+def test_updates_in_place():
+    sgd = optimiser()
+    arrays = [each[key] for each in (sgd.params, sgd.grads, sgd.velocity) for key in ("w", "b")]
+    step(sgd, [1, 2], [3])
+    after = [each[key] for each in (sgd.params, sgd.grads, sgd.velocity) for key in ("w", "b")]
+    assert all(a is b for a, b in zip(arrays, after))
+
+
+def test_decay_only_where_given():
+    sgd = optimiser()
+    step(sgd, [0, 0], [0])
+    assert relative_error(sgd.params["w"], [0.95, -1.9]) < 1e-14         # 1 - 0.1 * 0.5
+    assert sgd.params["b"] == 4
+
+
+def test_scale_multiplies_every_rate():
+    whole, tenth = optimiser(), optimiser()
+    tenth.scale = 0.1
+    step(whole, [1, -1], [2])
+    step(tenth, [1, -1], [2])
+    for key, start in (("w", np.array([1.0, -2.0])), ("b", np.array([4.0]))):
+        moved = whole.params[key] - start
+        assert relative_error(tenth.params[key] - start, 0.1 * moved) < 1e-12
+
+
+def test_scale_leaves_the_momentum_already_gathered():
+    sgd = optimiser()
+    step(sgd, [0, 0], [1])                         # b: v = -0.2
+    sgd.scale = 0.0
+    step(sgd, [0, 0], [1])                         # b: v = -0.1
+    assert relative_error(sgd.params["b"], [4 - 0.2 - 0.1]) < 1e-14
+
+
+def test_without_momentum_it_is_plain_descent():
+    sgd = optimiser(momentum=0)
+    step(sgd, [0, 0], [1])
+    step(sgd, [0, 0], [1])
+    assert relative_error(sgd.params["b"], [4 - 0.2 - 0.2]) < 1e-14
+
+
+def test_momentum_is_the_papers_by_default():
+    assert SGD({}, {}, {}, {}).momentum == 0.9 and SGD({}, {}, {}, {}).scale == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_stays(dtype):
+    sgd = optimiser(dtype=dtype)
+    step(sgd, [1, 2], [3])
+    for arrays in (sgd.params, sgd.grads, sgd.velocity):
+        assert all(a.dtype == dtype for a in arrays.values())
