@@ -29,12 +29,13 @@ def overlay(image, labels, colours=None, alpha=0.6):
     table = palette(256) if colours is None else np.zeros((256, 3), np.uint8)
     if colours is not None:
         table[:len(colours)] = colours
-    grey = 60 + 0.76 * image.mean(axis=2, keepdims=True)                 # (H, W, 1)
-    share = np.where(labels == 0, alpha / 2, alpha)[:, :, None]          # (H, W, 1)
-    blended = (1 - share) * grey + share * table[labels]
-    y, x = np.indices(labels.shape)
-    hatch = np.where((x + y) // 2 % 3 == 0, 90, 255)[:, :, None]         # (H, W, 1)
-    return np.where((labels == VOID)[:, :, None], hatch, blended).round().astype(np.uint8)
+    grey = 60 + 0.76 * image.mean(axis=2, keepdims=True, dtype=np.float32)           # (H, W, 1)
+    share = np.where(labels == 0, alpha / 2, alpha).astype(np.float32)[:, :, None]   # (H, W, 1)
+    blended = ((1 - share) * grey + share * table[labels]).round().astype(np.uint8)
+    H, W = labels.shape
+    stripes = (np.arange(H)[:, None] + np.arange(W)) // 2 % 3            # (H, W)
+    hatch = np.where(stripes == 0, 90, 255).astype(np.uint8)[:, :, None]
+    return np.where((labels == VOID)[:, :, None], hatch, blended)
 
 
 def panel(path, rows, names, width=260, title=""):
@@ -51,7 +52,7 @@ def panel(path, rows, names, width=260, title=""):
     columns = ["image", "truth", *methods]
     gap, line, head = 10, 22, 38 + (30 if title else 0)
     scales = [width / row["image"].shape[1] for row in rows]
-    heights = [round(row["image"].shape[0] * scale) for row, scale in zip(rows, scales)]
+    heights = [max(1, round(row["image"].shape[0] * scale)) for row, scale in zip(rows, scales)]
     canvas = Image.new("RGB", (gap + len(columns) * (width + gap),
                                head + sum(heights) + len(rows) * (2 * line + 2 * gap)), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -86,15 +87,15 @@ def curves(path, log, size=(1000, 420)):
               for stage in ("unary", "joint")}
     points = {stage: [p for p in line if math.isfinite(p[1])] for stage, line in points.items()}
     values = [v for line in points.values() for _, v in line] or [0, 100]
-    step = _step(max(values) - min(values), 6)
+    step = _step(max(max(values) - min(values), 1), 6)
     low = max(0, math.floor((min(values) - step / 4) / step) * step)
     high = min(100, math.ceil((max(values) + step / 4) / step) * step)
     canvas = Image.new("RGB", size, PAPER)
     best = max((v for _, v in points["unary"]), default=None)
     for number, (stage, colour) in enumerate((("unary", BLUE), ("joint", ORANGE))):
         left = number * size[0] // 2
-        box = (left + 70, 46, left + size[0] // 2 - 24, size[1] - 62)
-        _plot(canvas, box, points[stage], colour, stage, (low, max(high, low + step), step),
+        box = (left + 70, 46, left + size[0] // 2 - 24, size[1] - 88)
+        _plot(canvas, box, points[stage], colour, stage, (low, high, step),
               best if stage == "joint" else None)
     save(canvas, path)
 
@@ -117,6 +118,13 @@ def table(results, names):
     cells = [_percent(result["miou"]) for result in results.values()]
     lines.append("mean IoU".ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths)))
     return "\n".join(lines) + "\n"
+
+
+def save(canvas, path):
+    """Write a picture, an Image or an (H, W, 3) uint8 array, as PNG; beside, then renamed."""
+    canvas = canvas if isinstance(canvas, Image.Image) else Image.fromarray(canvas)
+    canvas.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
 
 
 def _plot(canvas, box, points, colour, title, y_axis, level):
@@ -146,30 +154,23 @@ def _plot(canvas, box, points, colour, title, y_axis, level):
     draw.line(line, colour, 3, joint="curve")
     for x, y in line:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-    if not points:
-        draw.text(((left + right) / 2, (top + bottom) / 2), "not trained yet", INK, _font(16), "mm")
-    entries = [(f"{title}, best {max(v for _, v in points):.1f}", colour, False)] if points else []
+    best = f"best {max(y for _, y in points):.1f}" if points else "not trained yet"
+    entries = [(f"{title}, {best}", colour, False)]
     if level is not None:
         y = at(0, level)[1]
         for x in range(left, right, 12):
             draw.line([(x, y), (min(x + 7, right), y)], BLUE, 2)
         entries.append((f"best unary, {level:.1f}", BLUE, True))
-    _plot_legend(draw, right, bottom, entries)
+    _plot_legend(draw, left, bottom + 68, entries)
 
 
-def _plot_legend(draw, right, bottom, entries):
-    """Legend of a plot in its lower right corner; entries: (text, colour, dashed)."""
-    if not entries:
-        return
-    width = 50 + max(draw.textlength(text, _font(15)) for text, _, _ in entries)
-    top = bottom - 8 - 22 * len(entries)
-    draw.rectangle([right - width - 6, top - 4, right - 6, bottom - 10], PAPER, FAINT)
-    for i, (text, colour, dashed) in enumerate(entries):
-        y, x = top + 22 * i + 8, right - width + 4
-        draw.line([(x, y), (x + (9 if dashed else 26), y)], colour, 3)
-        if dashed:
-            draw.line([(x + 17, y), (x + 26, y)], colour, 3)
+def _plot_legend(draw, x, y, entries):
+    """Legend of a plot, a line from (x, y) on; entries: (text, colour, dashed)."""
+    for text, colour, dashed in entries:
+        for start, end in ((0, 9), (17, 26)) if dashed else ((0, 26),):
+            draw.line([(x + start, y), (x + end, y)], colour, 3)
         draw.text((x + 34, y), text, INK, _font(15), "lm")
+        x += 58 + draw.textlength(text, _font(15))
 
 
 def _legend(draw, left, top, row, names):
@@ -204,7 +205,7 @@ def _scaled(image, picture, width, height):
 
 def _step(span, ticks):
     """A round distance between ticks, 1, 2 or 5 times a power of ten, for about that many."""
-    raw = max(span, 1e-3) / ticks
+    raw = span / ticks
     power = 10 ** math.floor(math.log10(raw))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
 
@@ -219,10 +220,3 @@ def _percent(value):
 
 def _font(size):
     return ImageFont.load_default(size)
-
-
-def save(canvas, path):
-    """Write a picture, an Image or an (H, W, 3) uint8 array, as PNG; beside, then renamed."""
-    canvas = canvas if isinstance(canvas, Image.Image) else Image.fromarray(canvas)
-    canvas.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)

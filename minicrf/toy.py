@@ -21,7 +21,7 @@ CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")
 DRAWING = 1        # to be raised with every change of the pictures: sets drawn before are redrawn
 
 
-def draw(directory, n_train=80, n_val=40, seed=0, width=(96, 140), height=(72, 110)):
+def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 110)):
     """Draws a set in VOC's format, byte for byte the same for the same arguments.
 
     directory: becomes the folder that holds JPEGImages, SegmentationClass and ImageSets; written
@@ -68,7 +68,7 @@ def draw(directory, n_train=80, n_val=40, seed=0, width=(96, 140), height=(72, 1
 
 def picture(rng, h, w):
     """One image (h, w, 3) uint8 RGB and its labels (h, w) uint8, with void rims around objects."""
-    kinds = rng.integers(1, len(CLASS_NAMES), size=rng.integers(1, 5))
+    kinds = rng.integers(1, len(CLASS_NAMES), size=rng.integers(2, 6))
     colours = [_colour(rng, kind) for kind in kinds]
     # a background in an object's colour now and then: colour alone must not give objects away
     hue, saturation, value = colours[0] if rng.random() < 0.3 else rng.uniform(0.1, 0.9, 3)

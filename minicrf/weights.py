@@ -57,9 +57,18 @@ def read_npz(path):
         if size > LIMIT:
             raise ValueError(f"found {size} bytes unpacked, expected at most {LIMIT}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+            content = {key: arrays[key] for key in arrays.files}
+        for key, array in content.items():
+            if not isinstance(array, np.ndarray):   # bytes: what numpy makes of any other member
+                raise ValueError(f"found {key}, which is no array")
+        return content
+    except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
+        raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
+
+
+def reason(error):
+    """The text of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_torchvision(path):
@@ -100,7 +109,7 @@ def read_safetensors(path):
             header = json.loads(file.read(length))
             for name, entry in header.items():
                 if name == "__metadata__" or entry["dtype"] not in types:
-                    continue                        # what is missing is named when layers are filled
+                    continue                       # what is missing is named when layers are filled
                 begin, end = entry["data_offsets"]
                 dtype, shape = np.dtype(types[entry["dtype"]]), [int(n) for n in entry["shape"]]
                 if not (0 <= begin <= end <= size - 8 - length and min(shape, default=1) >= 0
@@ -109,8 +118,8 @@ def read_safetensors(path):
                 file.seek(8 + length + begin)
                 values = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
                 tensors[name] = values
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+        except Exception as error:  # a header may lie in a dozen ways
+            raise ValueError(f"{path}: not a readable .safetensors file: {reason(error)}") from None
     return tensors
 
 
@@ -140,13 +149,13 @@ def read_matconvnet(path):
         if "conv1_1_w" in weights:
             weights["conv1_1_w"] = np.ascontiguousarray(weights["conv1_1_w"][:, ::-1])
         return weights
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError, NotImplementedError,
-            OSError, EOFError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: {error}") from None
+    except Exception as error:      # scipy raises a dozen kinds for broken files
+        raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: "
+                         f"{reason(error)}") from None
 
 
 def fill(net, weights, path):
-    """Copy weights into the layers of net that they name; returns the names of layers left as drawn.
+    """Copy weights into the layers of net that they name; returns the names of those left as drawn.
 
     weights: as read_weights returns them; path: for messages.  A fully connected layer that is
     absent stays as drawn; a convolution must be there, and every shape must fit.  `largefov` takes
@@ -177,8 +186,8 @@ def fill(net, weights, path):
 
 
 def subsample(values, shape):
-    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for; both ends of
-    a kernel are kept.  Returned unchanged where the shape is no larger one in each direction."""
+    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for; both ends
+    of a kernel are kept.  Returned unchanged where the shape is no larger one in each direction."""
     if len(values.shape) != len(shape) or any(a < b for a, b in zip(values.shape, shape)):
         return values
     for axis, (a, b) in enumerate(zip(values.shape, shape)):

@@ -96,6 +96,8 @@ def test_curves_draw_each_stage_in_its_plot(tmp_path):
     left, right = picture[:, :400], picture[:, 400:]
     assert count(left, figures.BLUE) > 200 and count(left, figures.ORANGE) == 0
     assert count(right, figures.ORANGE) > 200 and count(right, figures.BLUE) > 100
+    figures.curves(path, log("unary", [10, 30, 40]) + log("piecewise", [50]))
+    assert count(pixels(path)[:330], figures.ORANGE) == 0          # no joint values: legend alone
 
 
 def test_best_unary_value_is_a_line_at_its_height_in_the_joint_plot(tmp_path):

@@ -1,7 +1,7 @@
 """Each layer against loops over pixels and taps, each backward against finite differences.
 
-Loss of every gradient check: <dy, layer(x)> with a fixed random dy.  In any one element of x, w or b
-it is linear between ties, so a long step is exact, and drowns small gradients in less rounding.
+Loss of every gradient check: <dy, layer(x)> with a fixed random dy.  In any one element of x, w or
+b it is linear between ties: a long step is exact there, and drowns nothing in rounding.
 """
 import numpy as np
 import pytest
@@ -24,13 +24,14 @@ def random(*shape, seed=0):
 
 def conv(channels_in, channels_out, kernel, dilation, padding, dtype=np.float64):
     """A convolution whose bias is not zero."""
-    layer = Conv2d(channels_in, channels_out, kernel, dilation, padding, np.random.default_rng(1), dtype)
+    rng = np.random.default_rng(1)
+    layer = Conv2d(channels_in, channels_out, kernel, dilation, padding, rng, dtype)
     layer.params["b"] += random(channels_out, seed=2).astype(dtype)
     return layer
 
 
 def naive_conv(x, w, b, dilation, padding):
-    """y[o, h, v] = b_o + sum of w[o, :, i, j] . x[:, tap] over the taps that fall into the image."""
+    """y[o, h, v] = b_o + sum of w[o, :, i, j] . x[:, tap] over the taps inside the image."""
     B, _, H, W = x.shape
     O, _, k, _ = w.shape
     y = np.zeros((B, O, H + 2 * padding - (k - 1) * dilation, W + 2 * padding - (k - 1) * dilation))
@@ -301,7 +302,8 @@ def test_dropout_over_relu():
 
 # --- upsampling ----------------------------------------------------------------------------------
 
-GRIDS = [((5, 4), (13, 9)), ((4, 6), (50, 31)), ((3, 3), (2, 3)), ((1, 4), (6, 7)), ((4, 1), (3, 5))]
+GRIDS = [((5, 4), (13, 9)), ((4, 6), (50, 31)), ((3, 3), (2, 3)),       # cells, size
+         ((1, 4), (6, 7)), ((4, 1), (3, 5))]
 
 
 def upsample(side=34):
@@ -483,18 +485,18 @@ def test_sequential_shares_its_layers_arrays():
 
 
 def test_alignment_by_hand():
-    # conv: (3-1)/2 - 1 = 0.  pool: 1/2 - 1 = -0.5, step 2.  conv, holes 2: 0.  pool (0,1): 2 * 1/2 = 1.
-    assert sequence().alignment() == (2, -0.5)
-    net = sequence()
-    net.layers["pool2"] = MaxPool2d(2, 2, 1, (0, 1))
+    net = sequence()                               # conv: 0.  pool: 1/2 - 1, then step 2.  conv: 0
+    assert net.alignment() == (2, -0.5)
+    net.layers["pool2"] = MaxPool2d(2, 2, 1, (0, 1))                     # 2 * 1/2 = 1, then step 4
     assert net.alignment() == (4, 0.5)
-    net.layers["valid"] = conv(2, 2, 3, 1, 0)      # not padded: starts a cell, or 4 pixels, further in
+    net.layers["valid"] = conv(2, 2, 3, 1, 0)                            # 4 * (3-1)/2 = 4
     assert net.alignment() == (4, 4.5)
 
 
 @pytest.mark.parametrize("kernel, stride, dilation, padding", POOLS)
 def test_alignment_is_the_middle_of_what_a_cell_sees(kernel, stride, dilation, padding):
-    net = Sequential({"conv": conv(1, 1, 3, 1, 1), "pool": MaxPool2d(kernel, stride, dilation, padding)})
+    pool = MaxPool2d(kernel, stride, dilation, padding)
+    net = Sequential({"conv": conv(1, 1, 3, 1, 1), "pool": pool})
     net["conv"].params["w"][...] = 1
     step, centre = net.alignment()
     for i in range(2, 4):                          # cells that see nothing of the border

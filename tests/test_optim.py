@@ -10,7 +10,7 @@ def optimiser(momentum=0.5, dtype=np.float64):
     """One weight that decays and one bias that does not."""
     params = {"w": np.array([1.0, -2.0], dtype), "b": np.array([4.0], dtype)}
     grads = {key: np.zeros_like(p) for key, p in params.items()}
-    return SGD(params, grads, rates={"w": 0.1, "b": 0.2}, decays={"w": 0.5, "b": 0}, momentum=momentum)
+    return SGD(params, grads, {"w": 0.1, "b": 0.2}, {"w": 0.5, "b": 0}, momentum)
 
 
 def step(sgd, w, b):
