@@ -16,9 +16,10 @@ from minicrf.arrays import gpu_available
 
 STAGES = ("unary", "piecewise", "joint")
 # Paper silent on iterations.  The toy set is small enough for a laptop; on VOC as DeepLab trained.
-TOY = dict(iterations={"unary": 400, "piecewise": 40, "joint": 40}, batch_size=10, evaluate_every=50)
+TOY = dict(iterations={"unary": 400, "piecewise": 40, "joint": 40}, batch_size=16, rate=2.0,
+           evaluate_every=50)
 VOC = dict(iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
-           evaluate_every=200)
+           rate=1.0, evaluate_every=200)
 
 
 def parse_arguments(arguments=None):
@@ -53,7 +54,8 @@ def parse_arguments(arguments=None):
         f"{VOC['batch_size']}; toy {TOY['batch_size']})")
     add("--micro-batch", type=positive, metavar="N",
         help="images that go through the network together (default: all); less takes less memory")
-    add("--rate", type=float, metavar="X", default=1.0, help="multiplies every learning rate")
+    add("--rate", type=float, metavar="X", help="multiplies every learning rate (default: "
+        f"{VOC['rate']:g}; toy {TOY['rate']:g})")
     add("--drop", type=float, metavar="X", default=0.75,
         help="share of the iterations after which learning rates fall to a tenth (default: 0.75)")
     add("--evaluate-every", type=positive, metavar="N", help="iterations between evaluations")
@@ -78,7 +80,7 @@ def parse_arguments(arguments=None):
     args = parser.parse_args(arguments)
     args.net = args.net or ("vgg16" if args.voc else "tiny")
     defaults = VOC if args.voc else TOY
-    for name in ("batch_size", "evaluate_every"):
+    for name in ("batch_size", "rate", "evaluate_every"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     args.iterations = {stage: args.iterations or n for stage, n in defaults["iterations"].items()}
@@ -102,7 +104,12 @@ class Data:
 
     def samples(self, ids):
         for image_id in ids:
-            yield voc.load(self.root, image_id, self.sbd, len(self.classes))
+            yield self.load(image_id)
+
+    def load(self, image_id):
+        # VOC's own labels where an image is of its validation list: SBD's have no void
+        sbd = None if image_id in self.val else self.sbd
+        return voc.load(self.root, image_id, sbd, len(self.classes))
 
 
 def unary_model(args, data, device):
@@ -310,7 +317,7 @@ def draw_panels(args, data, device, rows=4):
             continue
         model, _, _ = load_model(os.path.join(args.out, f"{stage}.npz"), data.classes, device)
         for i in {*chosen["best"], *chosen["worst"]}:
-            image, truth = voc.load(data.root, data.val[i], data.sbd, len(data.classes))
+            image, truth = data.load(data.val[i])
             row = drawn.setdefault(i, {"image": image, "labels": truth, "name": data.val[i],
                                        "predictions": {}})
             labels = [p for p in model.predict(image) if p is not None][-1]

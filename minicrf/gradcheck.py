@@ -5,6 +5,7 @@ Central differences in float64: dL/dx_i = (L(x + h e_i) - L(x - h e_i)) / 2h + O
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import inspect
 import sys
@@ -15,48 +16,45 @@ import numpy as np
 
 TOLERANCE = 1e-6
 
-# name: where, the right text there, and the wrong text that --break puts in its place
+# function: {name: (right text, the wrong one that --break puts in its place)}
 BUGS = {
-    "conv-dw-sign": ("layers.Conv2d.backward", "dw_matrix +=", "dw_matrix -="),
-    "conv-db-dropped": ("layers.Conv2d.backward", "cells_dy.sum(axis=(0, 2))", "0"),
-    "conv-dx-not-turned": ("layers.Conv2d.backward", "w[:, :, ::-1, ::-1]", "w"),
-    "relu-mask-dropped": ("layers.ReLU.backward", "y > 0", "y >= 0"),
-    "pool-to-all-taps": ("layers.MaxPool2d.backward", "(winner[b] == number)", "1"),
-    "dropout-scale-dropped": ("layers.Dropout.backward", "1 / (1 - self.rate)", "1"),
-    "dropout-mask-dropped": ("layers.Dropout.backward", "dy *= kept", "pass"),
-    "upsample-transposed": ("layers.BilinearUpsample.backward", "transpose(2, 0, 1)",
-                            "transpose(2, 1, 0)"),
-    "sequential-not-chained": ("layers.Sequential.backward", "dy = layer.backward(dy)",
-                               "layer.backward(dy.copy())"),
-    "loss-truth-dropped": ("losses.softmax_loss", "q[pixels, y] -= 1", "pass"),
-    "loss-void-counted": ("losses.softmax_loss", "q *= weight[:, None]", "q *= weight.max()"),
-    "crf-dq-not-through-softmax": ("densecrf.DenseCRF.backward",
-                                   "_through_softmax(dq.reshape(q.shape), q)", "dq"),
-    "crf-softmax-term-dropped": ("densecrf._through_softmax", "- _row_dots(dq, q)[:, None]", ""),
-    "crf-dz-dropped": ("densecrf.DenseCRF.backward_logits", "df[rows] += dz[rows]", "pass"),
-    "crf-dz0-dropped": ("densecrf.DenseCRF.backward_logits", "df += dz\n", "pass\n"),
-    "crf-transpose-forgotten": ("densecrf.DenseCRF.backward_logits", "spread_transpose", "spread"),
-    "crf-message-sign": ("densecrf.DenseCRF.backward_logits", "dq += w[m] * K_dz",
-                         "dq -= w[m] * K_dz"),
-    "crf-message-unweighted": ("densecrf.DenseCRF.backward_logits", "w[m] * K_dz", "K_dz"),
-    "crf-self-forgotten": ("densecrf.DenseCRF.backward_logits", "dq = -self_weight[rows]",
-                           "dq = 0"),
-    "crf-dw-one-step": ("densecrf.DenseCRF.backward_logits", "forth[m, rows] +=",
-                        "forth[m, rows] ="),
-    "crf-dw-self-forgotten": ("densecrf.DenseCRF.backward_logits",
-                              "forth[m] - kernel.self_weight * product", "forth[m]"),
-    "crf-dsigma-back-dropped": ("densecrf.DenseCRF.backward_logits", "forth[m] + back[m]",
-                                "forth[m]"),
-    "crf-dsigma-cross-dropped": ("densecrf.DenseCRF.backward_logits", "cross[m] +=",
-                                 "cross[m] = 0 *"),
-    "crf-dsigma-unweighted": ("densecrf.DenseCRF.backward_logits", "w[m] * to_host(dsigma)",
-                              "to_host(dsigma)"),
-    "kernel-cross-sign": ("kernels.GaussianKernel.shape_gradient", "- 2 * cross", "+ 2 * cross"),
-    "kernel-n-dropped": ("kernels.GaussianKernel.shape_gradient", "gradient += (", "0 * ("),
-    "kernel-kappa-dropped": ("kernels.GaussianKernel.shape_gradient",
-                             "self.self_weight * product - outer / 2", "-outer / 2"),
-    "lattice-blurs-not-reversed": ("permutohedral.PermutohedralLattice.spread_transpose",
-                                   "reversed(self.blurs)", "self.blurs"),
+    "layers.Conv2d.backward": {
+        "conv-dw-sign": ("dw_matrix +=", "dw_matrix -="),
+        "conv-db-dropped": ("cells_dy.sum(axis=(0, 2))", "0"),
+        "conv-dx-not-turned": ("w[:, :, ::-1, ::-1]", "w")},
+    "layers.ReLU.backward": {"relu-mask-dropped": ("y > 0", "y >= 0")},
+    "layers.MaxPool2d.backward": {"pool-to-all-taps": ("(winner[b] == number)", "1")},
+    "layers.Dropout.backward": {
+        "dropout-mask-dropped": ("dy *= kept", "pass"),
+        "dropout-scale-dropped": ("1 / (1 - self.rate)", "1")},
+    "layers.BilinearUpsample.backward": {
+        "upsample-transposed": ("transpose(2, 0, 1)", "transpose(2, 1, 0)")},
+    "layers.Sequential.backward": {
+        "sequential-not-chained": ("dy = layer.backward(dy)", "layer.backward(dy.copy())")},
+    "losses.softmax_loss": {
+        "loss-truth-dropped": ("q[pixels, y] -= 1", "pass"),
+        "loss-void-counted": ("q *= weight[:, None]", "q *= weight.max()")},
+    "densecrf.DenseCRF.backward": {
+        "crf-softmax-forgotten": ("_through_softmax(dq.reshape(q.shape), q)", "dq")},
+    "densecrf._through_softmax": {"crf-softmax-term-dropped": ("- _row_dots(dq, q)[:, None]", "")},
+    "densecrf.DenseCRF.backward_logits": {
+        "crf-dz-dropped": ("df[rows] += dz[rows]", "pass"),
+        "crf-dz0-dropped": ("df += dz\n", "pass\n"),
+        "crf-transpose-forgotten": ("spread_transpose", "spread"),
+        "crf-message-sign": ("dq += w[m] * K_dz", "dq -= w[m] * K_dz"),
+        "crf-message-unweighted": ("w[m] * K_dz", "K_dz"),
+        "crf-self-forgotten": ("dq = -self_weight[rows]", "dq = 0"),
+        "crf-dw-one-step": ("forth[m, rows] +=", "forth[m, rows] ="),
+        "crf-dw-self-forgotten": ("forth[m] - kernel.self_weight * product", "forth[m]"),
+        "crf-dsigma-back-dropped": ("forth[m] + back[m]", "forth[m]"),
+        "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *"),
+        "crf-dsigma-unweighted": ("w[m] * to_host(dsigma)", "to_host(dsigma)")},
+    "kernels.GaussianKernel.shape_gradient": {
+        "kernel-cross-sign": ("- 2 * cross", "+ 2 * cross"),
+        "kernel-n-dropped": ("gradient += (", "0 * ("),
+        "kernel-kappa-dropped": ("self.self_weight * product - outer / 2", "-outer / 2")},
+    "permutohedral.PermutohedralLattice.spread_transpose": {
+        "lattice-blurs-not-reversed": ("reversed(self.blurs)", "self.blurs")},
 }
 
 
@@ -89,12 +87,13 @@ def relative_error(a, b):
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
-        raise ValueError(f"relative_error: found shapes {a.shape} and {b.shape}, expected equal ones")
+        raise ValueError(f"relative_error: found shapes {a.shape} and {b.shape}, "
+                         "expected equal ones")
     return float(np.max(np.abs(a - b) / np.maximum(1e-8, np.abs(a) + np.abs(b)), initial=0.0))
 
 
-# What follows is the program.  It imports the rest of the package when it runs: this file comes
-# before all others.  A check yields (name, gradient by backward, gradient by differences).
+# What follows is the program.  It imports the package when it runs: this file comes before all others.
+# A check yields (name, gradient by backward, gradient by differences).
 
 def _distinct(rng, *shape):
     """Values at least 0.1 apart and 0.05 from zero: differences cross no tie of ReLU or max."""
@@ -128,11 +127,10 @@ def check_layers():
 
         dy = rng.standard_normal(forward().shape)
         dx = layer.backward(dy.copy())
-        grads = {key: g.copy() for key, g in layer.grads.items()}
-        yield f"{name}: dx", dx, numerical_gradient(lambda _: (dy * forward()).sum(), x, 1e-2)
-        for key, p in layer.params.items():
+        grads = {"x": dx, **layer.grads}
+        for key, value in {"x": x, **layer.params}.items():
             yield f"{name}: d{key}", grads[key], numerical_gradient(
-                lambda _: (dy * forward()).sum(), p, 1e-2)
+                lambda _: (dy * forward()).sum(), value, 1e-2)
 
 
 def check_losses():
@@ -146,32 +144,34 @@ def check_losses():
 def check_crf():
     """Unary scores and all nine parameters, through five mean-field steps.
 
-    The exact kernel's in full.  The lattice is checked for the widths it has: as a function of sigma
-    it jumps, its dsigma is the moment form, and the tests hold that against the exact kernel's.
+    The exact kernel's in full.  The lattice with its widths fixed: as a function of sigma it jumps;
+    its dsigma is the moment form, and the tests hold that against the exact kernel's.
     """
     from .densecrf import DenseCRF
     from .losses import softmax_loss
     from .permutohedral import PermutohedralLattice
     rng = np.random.default_rng(2)
-    H, W, L = 4, 5, 3
+    H, W, L = 3, 4, 3
     f, y = rng.standard_normal((H, W, L)), rng.integers(0, L, H * W)
     image, dq = rng.uniform(0, 255, (H, W, 3)), rng.standard_normal((H, W, L))
 
-    for name, options in (("exact", dict(exact=True)), ("lattice", {}),
-                          ("exact, not normalised", dict(exact=True, normalization="none"))):
-        crf = DenseCRF(L, w=(1., 2.), sigma_position=(1.5, 2.),
+    for name, w, options in (("exact", (1., 2.), dict(exact=True)), ("lattice", (1., 2.), {}),
+                             ("unnormalised", (.2, .4), dict(exact=True, normalization="none"))):
+        crf = DenseCRF(L, w=w, sigma_position=(1.5, 2.),
                        sigma_bilateral=(2., 3., 100., 120., 90.), **options)
 
-        def loss(_):
+        def loss_and_dz():
             crf.forward(f, image)
-            return softmax_loss(crf.logits.reshape(-1, L), y)[0]
+            return softmax_loss(crf.logits.reshape(-1, L), y)
 
-        loss(None)
-        df = crf.backward_logits(softmax_loss(crf.logits.reshape(-1, L), y)[1])
+        def loss(_):
+            return loss_and_dz()[0]
+
+        df = crf.backward_logits(loss_and_dz()[1])
         yield f"DenseCRF, {name}: dscores", df, numerical_gradient(loss, f)
         for key, p in crf.params.items():
             if name != "lattice" or key == "w":
-                yield f"DenseCRF, {name}: d{key}", crf.grads[key].copy(), numerical_gradient(loss, p)
+                yield f"DenseCRF, {name}: d{key}", crf.grads[key], numerical_gradient(loss, p)
     crf.forward(f, image)
     yield "DenseCRF: dscores from dq", crf.backward(dq), numerical_gradient(
         lambda _: (dq * crf.forward(f, image)).sum(), f)
@@ -183,36 +183,99 @@ def check_crf():
 
 
 def check_model():
-    """A joint training step: network, upsampling, CRF, loss; all parameters along random directions."""
-    from . import training, vgg
-    from .densecrf import DenseCRF
+    """A joint training step, network to loss: all parameters at once, along random directions."""
+    from . import densecrf, training, vgg
     rng = np.random.default_rng(3)
-    net = vgg.build("tiny", 3, dtype=np.float64)
-    crf = DenseCRF(3, w=(1., 2.), exact=True)
+    net, crf = vgg.build("tiny", 3, dtype=np.float64), densecrf.DenseCRF(3, w=(1., 2.), exact=True)
     model = training.Model(net, (104., 117., 124.), crf)
     batch = [(rng.integers(0, 255, (6, 8, 3)).astype(np.uint8), rng.integers(0, 3, (6, 8)))]
-    for name, part in (("network", net), ("CRF", crf)):
-        params, grads = part.params, part.grads
-        for g in grads.values():
-            g[...] = 0
-        training.accumulate_gradients(model, batch, 1.0)
-        directions = [{key: p.std() * rng.standard_normal(p.shape) + 1e-3 for key, p in params.items()}
-                      for _ in range(3)]
-        along = np.array([sum((grads[key] * v).sum() for key, v in direction.items())
-                          for direction in directions])
+    params, grads = net.params | crf.params, net.grads | crf.grads
+    start = {key: p.copy() for key, p in params.items()}
+    directions = [{key: (p.std() + 0.01) * rng.standard_normal(p.shape) for key, p in params.items()}
+                  for _ in range(3)]
 
-        def loss(steps):
-            for step, direction in zip(steps, directions):
-                for key, v in direction.items():
-                    params[key] += step * v
-            value = training.accumulate_gradients(model, batch, 1.0)
-            for step, direction in zip(steps, directions):
-                for key, v in direction.items():
-                    params[key] -= step * v
-            return value
+    def loss(steps):
+        for key, p in params.items():
+            p[...] = start[key] + sum(step * v[key] for step, v in zip(steps, directions))
+        return training.accumulate_gradients(model, batch, 1.0)
 
-        # a short step, to cross few of the ties of so many ReLUs
-        yield f"joint step: {name}, 3 directions", along, numerical_gradient(loss, np.zeros(3), 1e-7)
+    steps = np.zeros(3)
+    loss(steps)
+    along = np.array([sum((grads[key] * v[key]).sum() for key in v) for v in directions])
+    # short steps, to cross few of the ties of so many ReLUs
+    yield "joint training step: 3 directions", along, numerical_gradient(loss, steps, 1e-7)
 
 
 CHECKS = (check_layers, check_losses, check_crf, check_model)
+
+
+def find_bug(name):
+    """(function's path, right text, wrong text) of a bug in BUGS."""
+    return next((path, *bugs[name]) for path, bugs in BUGS.items() if name in bugs)
+
+
+@contextlib.contextmanager
+def broken(name):
+    """While this context lasts, one function of the package runs with the bug of that name.
+
+    Its code object is exchanged, so that whoever has imported it sees the bug; files stay as they
+    are.  Raises ValueError where the right text is not there exactly once.
+    """
+    path, right, wrong = find_bug(name)
+    module, *names = path.split(".")
+    function = functools.reduce(getattr, names, importlib.import_module(f"minicrf.{module}"))
+    source, namespace, kept = textwrap.dedent(inspect.getsource(function)), {}, function.__code__
+    if source.count(right) != 1:
+        raise ValueError(f"{name}: found {right!r} {source.count(right)} times in {path}, "
+                         "expected once")
+    exec(source.replace(right, wrong), namespace)
+    function.__code__ = namespace[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = kept
+
+
+def run(checks=CHECKS):
+    """Print the table; returns the names of the rows that failed."""
+    print(f"{'name':45}{'elements':>8}{'largest relative error':>25}")
+    failed = []
+    for check in checks:
+        try:
+            for name, by_backward, by_differences in check():
+                error = relative_error(by_backward, by_differences)
+                verdict = "pass" if error < TOLERANCE else "FAIL"        # NaN fails
+                failed += [name] * (verdict == "FAIL")
+                print(f"{name:45}{by_backward.size:8}{error:25.1e}   {verdict}", flush=True)
+        except Exception as error:       # a broken backward may not even get its shapes right
+            failed.append(check.__name__)
+            print(f"{check.__name__}: {type(error).__name__}: {error}   FAIL")
+    return failed
+
+
+def main(arguments=None):
+    names = [name for bugs in BUGS.values() for name in bugs]
+    changes = {}
+    for name in names:
+        path, right, wrong = find_bug(name)
+        changes[name] = f"{path}: {right.strip()} -> {wrong.strip() or '(nothing)'}"
+    parser = argparse.ArgumentParser(
+        prog="python -m minicrf.gradcheck", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Check every layer, loss and CRF parameter against finite differences, in "
+                    f"float64.\nRows pass under {TOLERANCE:g}; exit code 1 where one fails.",
+        epilog="names for --break, and what each changes:\n"
+               + "\n".join(f"  {name:28}{change}" for name, change in changes.items()))
+    parser.add_argument("--break", dest="bug", choices=names, metavar="NAME",
+                        help="put a bug into one function, for this run only, to see what fails")
+    bug = parser.parse_args(arguments).bug
+    started = time.monotonic()
+    if bug:
+        print(f"broken: {changes[bug]}\n")
+    with broken(bug) if bug else contextlib.nullcontext():
+        failed = run()
+    print(f"\n{len(failed)} failed, {time.monotonic() - started:.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

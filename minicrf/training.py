@@ -20,6 +20,11 @@ from .optim import SGD
 from .vgg import seed_dropout
 
 
+# A step that a layer bears falls with the square of its input: near 1 for all layers but the first,
+# which sees pixels with a root mean square of about
+PIXEL_SCALE = 60
+
+
 class Model:
     """The network, the mean colour its weights expect, and the CRF (None: unary scores alone)."""
 
@@ -109,6 +114,8 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
         for key in params:
             layer, kind = key.rsplit("_", 1)
             rates[key] = rate * (rate_top if layer in {"fc8", *fresh} else rate_loaded)
+            if key == "conv1_1_w" and layer in fresh:
+                rates[key] /= PIXEL_SCALE ** 2
             decays[key] = weight_decay if kind == "w" else 0.0
     if stage != "unary":
         for key in model.crf.params:

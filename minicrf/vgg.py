@@ -10,9 +10,11 @@ from .layers import BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequenti
 
 # input_size in pixels; channels of conv1..conv5; fc6: kernel and dilation; fc: channels of fc6, fc7
 PRESETS = {
-    "vgg16": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(7, 4), fc=4096),
-    "largefov": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(3, 12), fc=1024),
-    "tiny": dict(input_size=98, channels=(8, 16, 24, 32, 32), fc6=(3, 3), fc=64),
+    "vgg16": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(7, 4), fc=4096,
+                  dropout=0.5),
+    "largefov": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(3, 12), fc=1024,
+                     dropout=0.5),
+    "tiny": dict(input_size=98, channels=(8, 16, 24, 32, 32), fc6=(3, 3), fc=64, dropout=0),
 }
 CONVOLUTIONS = (2, 2, 3, 3, 3)                # convolutions in each of the five blocks
 POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),
@@ -20,16 +22,17 @@ POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),
          dict(stride=1, dilation=2, padding=(1, 1)))   # what follows them has holes instead
 
 
-def build(preset, n_classes, seed=0, dropout=0.5, dtype=np.float32):
+def build(preset, n_classes, seed=0, dropout=None, dtype=np.float32):
     """The network of that preset, freshly initialised: (B, 3, S, S) -> (B, n_classes, h, w) scores.
 
-    With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset` and
+    dropout: rate behind fc6 and fc7, the preset's own by default.  With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset` and
     `input_size` (S), both as given by PRESETS, and `upsample`, aligned with its cells.
     Raises ValueError for an unknown preset.
     """
     if preset not in PRESETS:
         raise ValueError(f"net: found {preset!r}, expected one of {', '.join(PRESETS)}")
     sizes = PRESETS[preset]
+    dropout = sizes["dropout"] if dropout is None else dropout
     rng = np.random.default_rng([seed, 0])
     layers, channels = {}, 3
 
@@ -67,20 +70,22 @@ def move(net, device):
 
 
 def scale_fresh(net, names, x):
-    """Rescale the freshly drawn layers so that each one's output has unit scale on a batch x.
+    """Shift and scale each channel of freshly drawn layers to mean 0, variance 1 on a batch x.
 
     names: the fresh layers (fc8 is left alone: its small start is meant).  x: (B, 3, S, S).
     Paper silent: features after pool5 have a root mean square near 14, where He initialisation
-    diverged at learning rate 0.01; the unit scale is that of Mishkin and Matas (2016).
+    diverged at learning rate 0.01; starting from the data is as Kraehenbuehl et al. (2016) do.
     """
     xp = array_module(x)
     for name, layer in net.layers.items():
-        y = layer.forward(x if isinstance(layer, Conv2d) else x)
+        x = layer.forward(x)
         if name in names and name != "fc8":
-            scale = xp.sqrt((y * y).mean())
-            layer.params["w"] /= scale
-            y /= scale
-        x = y
+            mean = x.mean(axis=(0, 2, 3))                                # (O,)
+            std = xp.sqrt(x.var(axis=(0, 2, 3)) + x.dtype.type(1e-6))
+            layer.params["w"] /= std[:, None, None, None]
+            layer.params["b"] -= mean / std
+            x -= mean[:, None, None]
+            x /= std[:, None, None]
 
 
 def seed_dropout(net, *seed):

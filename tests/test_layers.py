@@ -160,12 +160,13 @@ def test_conv_is_drawn_as_he_et_al():
 
 # --- blocks of columns ---------------------------------------------------------------------------
 
-BIG = (2, 130, 41, 43)       # columns this long come in blocks of a few rows, the last one shorter
+BIG = (2, 260, 41, 43)       # columns this long come in blocks of a few rows, the last one shorter
 
 
-@pytest.mark.parametrize("kernel, dilation, padding", [(3, 1, 1), (3, 2, 2), (3, 1, 0), (2, 3, 1)])
+@pytest.mark.parametrize("kernel, dilation, padding",
+                         [(3, 1, 1), (3, 2, 2), (3, 1, 0), (2, 3, 1), (1, 1, 1)])
 def test_blocks_cover_every_output_cell_once_with_its_taps(kernel, dilation, padding):
-    x = random(*BIG)
+    x = random(*BIG).astype(np.float32)
     reach = (kernel - 1) * dilation
     H_out, W_out = BIG[2] + 2 * padding - reach, BIG[3] + 2 * padding - reach
     around = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
@@ -173,12 +174,13 @@ def test_blocks_cover_every_output_cell_once_with_its_taps(kernel, dilation, pad
     for b, cells, columns in column_blocks(x, kernel, dilation, padding):
         visited[b, cells] += 1
         sizes.add(columns.shape[1])
+        assert columns.dtype == x.dtype
         for column in (0, columns.shape[1] // 2, columns.shape[1] - 1):
             h, v = divmod(cells.start + column, W_out)
             taps = around[b, :, h:h + reach + 1:dilation, v:v + reach + 1:dilation]
             assert np.array_equal(columns[:, column], taps.ravel())
     assert (visited == 1).all()
-    assert len(sizes) > 1, "choose BIG such that the last block is shorter than the others"
+    assert len(sizes) > 1 or kernel == 1, "BIG: the last block should be shorter than the others"
 
 
 @pytest.mark.parametrize("kernel, dilation, padding", [(3, 1, 1), (3, 2, 2), (2, 3, 1)])
@@ -252,6 +254,12 @@ def test_pool_ties_have_one_winner():
     dx = layer.backward(dy)
     assert relative_error(dx.sum(axis=(2, 3)), dy.sum(axis=(2, 3))) < 1e-12
     assert np.count_nonzero(dx) == dy.size
+
+
+def test_pool_ties_go_to_the_first_tap():
+    layer = MaxPool2d()
+    dy = 1 + layer.forward(np.zeros((1, 2, 6, 4)), train=True)
+    assert np.array_equal(layer.backward(dy), np.kron(dy, [[1, 0], [0, 0]]))
 
 
 # --- dropout -------------------------------------------------------------------------------------
