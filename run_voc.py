@@ -385,25 +385,25 @@ def predict(args, device):
         raise ValueError(f"{args.image}: found no readable photograph among {failed}")
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
+def run(args):
+    """What the command line asks for; returns the exit code."""
+    if args.device == "gpu" and not gpu_available():
+        raise ValueError("--device: found gpu, but cupy finds no CUDA device here; expected cpu or auto")
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
-    if device == "gpu" and not gpu_available():
-        raise ValueError("--device: found gpu, but no CUDA device with cupy; expected cpu or auto")
-    print(f"device: {device}")
     if args.stage == "predict":
-        return predict(args, device)
+        predict(args, device)
+        return 0
     if args.voc is None:
         args.voc = os.path.join(args.out, f"toy_seed{args.seed}")
+        print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
         toy.draw(args.voc, seed=args.seed)
-        print(f"no --voc: training on a drawn toy set with --net {args.net}, in {args.voc}")
     if args.check:
         problems = voc.check(args.voc, args.sbd)
         print("\n".join(problems) or f"{args.voc}: no problem found")
         return 2 if problems else 0
     data = Data(args.voc, args.sbd)
     print(f"{args.voc}: {len(data.train)} training and {len(data.val)} validation images, "
-          f"{len(data.classes)} classes")
+          f"{len(data.classes)} classes; on the {device}")
     os.makedirs(args.out, exist_ok=True)
     if args.stage == "eval":
         evaluate_checkpoints(args, data, device)
@@ -418,9 +418,13 @@ def main(arguments=None):
     return 0
 
 
-if __name__ == "__main__":
+def main(arguments=None):
     try:
-        sys.exit(main())
+        return run(parse_arguments(arguments))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"run_voc.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

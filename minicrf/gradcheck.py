@@ -92,8 +92,8 @@ def relative_error(a, b):
     return float(np.max(np.abs(a - b) / np.maximum(1e-8, np.abs(a) + np.abs(b)), initial=0.0))
 
 
-# What follows is the program.  It imports the package when it runs: this file comes before all others.
-# A check yields (name, gradient by backward, gradient by differences).
+# What follows is the program.  It imports the package when it runs, this file coming before the
+# others.  A check yields (name, gradient by backward, gradient by differences).
 
 def _distinct(rng, *shape):
     """Values at least 0.1 apart and 0.05 from zero: differences cross no tie of ReLU or max."""
@@ -191,8 +191,8 @@ def check_model():
     batch = [(rng.integers(0, 255, (6, 8, 3)).astype(np.uint8), rng.integers(0, 3, (6, 8)))]
     params, grads = net.params | crf.params, net.grads | crf.grads
     start = {key: p.copy() for key, p in params.items()}
-    directions = [{key: (p.std() + 0.01) * rng.standard_normal(p.shape) for key, p in params.items()}
-                  for _ in range(3)]
+    directions = [{key: (p.std() + 0.01) * rng.standard_normal(p.shape)
+                   for key, p in params.items()} for _ in range(3)]
 
     def loss(steps):
         for key, p in params.items():

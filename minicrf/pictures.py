@@ -27,8 +27,8 @@ def read_photograph(path):
         reason = " ".join(str(error).replace(str(path), "this file").split())
         raise ValueError(f"{path}: not a readable photograph ({reason})") from None
     if picture.mode.startswith(("I", "F")):                              # 16 bits and more
-        values = np.asarray(picture, np.float64)
-        picture = Image.fromarray((values / max(values.max(), 1) * 255).clip(0, 255).astype(np.uint8))
+        values = np.asarray(picture, np.float64) / 256
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))

@@ -1,0 +1,238 @@
+"""`python -m minicrf`: colours kept, errors in one line, OUT written whole or not at all."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicrf import DenseCRF, checkpoints, training, vgg, voc
+from minicrf.__main__ import colour, main
+
+H, W = 12, 20
+LEFT, RIGHT, UNKNOWN = (200, 30, 40), (0, 64, 128), (255, 255, 255)
+TRUTH = np.repeat([[0] * (W // 2) + [1] * (W // 2)], H, axis=0)          # (H, W)
+CRF = ["--sigma-bilateral", "20", "13", "--w", "1", "10"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A photograph with a dark and a light half, scores that get some pixels wrong, an older OUT."""
+    rng = np.random.default_rng(0)
+    monkeypatch.chdir(tmp_path)
+    photo = np.where(TRUTH[:, :, None] == 0, 40, 210) + rng.integers(0, 8, (H, W, 3))
+    Image.fromarray(photo.astype(np.uint8)).save("photo.png")
+    scores = np.eye(2)[TRUTH] + 0.9 * rng.standard_normal((H, W, 2))
+    np.save("scores.npy", scores.astype(np.float32))
+    (tmp_path / "out.png").write_bytes(b"kept")
+    return tmp_path
+
+
+def label_picture(mode, wrong=True, unknown=False):
+    """TRUTH in LEFT's and RIGHT's colours, as a file of that mode, partly wrong or unknown."""
+    rng = np.random.default_rng(1)
+    number = TRUTH ^ (rng.random((H, W)) < 0.1) if wrong else TRUTH.copy()
+    number[4:7, 8:13] = 2 if unknown else number[4:7, 8:13]
+    if mode in ("RGB", "RGBA"):
+        rgb = np.array([LEFT, RIGHT, UNKNOWN], np.uint8)[number]
+        return Image.fromarray(rgb).convert(mode)
+    if mode == "P":                                 # an order of the palette that is not the colours'
+        picture = Image.fromarray(np.array([7, 3, 5], np.uint8)[number])
+        picture.putpalette([9, 9, 9] * 3 + [*RIGHT, 9, 9, 9, *UNKNOWN, 9, 9, 9, *LEFT])
+        return picture
+    if mode == "1":
+        return Image.fromarray(number == 1)
+    return Image.fromarray(np.array([10, 90, 255], np.uint8)[number])    # L
+
+
+def rgb(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_scores_come_out_as_the_crf_labels_them(folder, capsys):
+    main(["photo.png", "scores.npy", "out.png", *CRF, "--sigma-position", "2", "--iterations", "3"])
+    q = DenseCRF(2, w=(1, 10), sigma_position=(2, 2), sigma_bilateral=(20, 20, 13, 13, 13),
+                 iterations=3).forward(np.load("scores.npy"), rgb("photo.png"))
+    out = Image.open("out.png")
+    assert np.array_equal(np.asarray(out), q.argmax(axis=2))
+    assert out.mode == "P" and out.getpalette()[:6] == voc.palette(2).ravel().tolist()
+    assert "20x12 pixels, 2 labels" in capsys.readouterr().out
+
+
+def test_the_crf_repairs_noisy_scores(folder):
+    assert (np.load("scores.npy").argmax(axis=2) != TRUTH).any()
+    main(["photo.png", "scores.npy", "out.png", *CRF])
+    assert np.array_equal(np.asarray(Image.open("out.png")), TRUTH)
+
+
+def test_probabilities_give_what_their_scores_give(folder):
+    scores = np.load("scores.npy").astype(np.float64)
+    p = np.exp(scores) / np.exp(scores).sum(axis=2, keepdims=True)
+    np.save("p.npy", p)
+    few = ["--w", "0.2", "0.5"]                     # leaves some pixels wrong: they must agree
+    main(["photo.png", "scores.npy", "a.png", *few])
+    main(["photo.png", "p.npy", "b.png", *few, "--probabilities"])
+    a, b = np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png"))
+    assert np.array_equal(a, b) and (a != TRUTH).any()
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("mode", ["P", "L", "1", "RGB", "RGBA"])
+def test_a_label_picture_keeps_its_mode_and_colours(folder, mode, unknown):
+    if mode == "1" and unknown:
+        pytest.skip("two colours only")
+    label_picture(mode, unknown=unknown).save("labels.png")
+    colours = ["--unknown", "white"] if unknown else []
+    main(["photo.png", "labels.png", "out.png", *CRF, *colours])
+    expected = label_picture(mode, wrong=False)
+    out = Image.open("out.png")
+    assert out.mode == mode and np.array_equal(np.asarray(out), np.asarray(expected))
+    assert np.array_equal(rgb("out.png"), np.asarray(expected.convert("RGB")))
+
+
+def test_equal_colours_are_one_label_whatever_their_palette_index(folder):
+    picture = label_picture("P")
+    values = np.asarray(picture).copy()
+    values[::2][values[::2] == 7] = 8               # another index, the same colour
+    twice = Image.fromarray(values)
+    twice.putpalette(picture.getpalette()[:24] + [*LEFT])
+    twice.save("twice.png")
+    picture.save("once.png")
+    for name in ("once", "twice"):
+        main(["photo.png", f"{name}.png", f"{name}_out.png", *CRF])
+    assert np.array_equal(rgb("once_out.png"), rgb("twice_out.png"))
+
+
+def test_confidence_decides_how_much_the_crf_may_change(folder):
+    label_picture("RGB").save("labels.png")
+    changed = []
+    for confidence in ("0.6", "0.999999"):
+        main(["photo.png", "labels.png", "out.png", "--w", "0.3", "1", "--confidence", confidence])
+        changed.append((rgb("out.png") != rgb("labels.png")).any(axis=2).sum())
+    assert changed[0] > 0 == changed[1]
+
+
+def save_checkpoint(path, crf):
+    model = training.Model(vgg.build("tiny", 6), (104, 117, 124), crf)
+    checkpoints.save(path, model, dict(iteration=1, classes=list("abcdef"), stage="joint"))
+
+
+def test_parameters_of_a_checkpoint_serve_any_number_of_labels(folder):
+    learned = dict(w=(0.4, 0.7), sigma_position=(1.5, 2), sigma_bilateral=(9, 7, 20, 30, 40))
+    save_checkpoint("joint.npz", DenseCRF(6, **learned))
+    main(["photo.png", "scores.npy", "out.png", "--parameters", "joint.npz", "--iterations", "2"])
+    scores = np.load("scores.npy")
+    q = DenseCRF(2, iterations=2, **learned).forward(scores, rgb("photo.png"))
+    assert np.array_equal(np.asarray(Image.open("out.png")), q.argmax(axis=2))
+    default = DenseCRF(2, iterations=2).forward(scores, rgb("photo.png"))
+    assert not np.array_equal(q.argmax(axis=2), default.argmax(axis=2))
+
+
+def test_a_photograph_is_turned_as_its_tag_says(folder):
+    picture, exif = Image.open("photo.png"), Image.Exif()
+    exif[0x0112] = 6                                # turn by 90 degrees to look at it
+    picture.rotate(90, expand=True).save("turned.png", exif=exif)
+    main(["turned.png", "scores.npy", "out.png", *CRF])
+    assert np.array_equal(np.asarray(Image.open("out.png")), TRUTH)
+    exif[0x0112] = 1
+    picture.rotate(90, expand=True).save("turned.png", exif=exif)
+    with pytest.raises(ValueError, match=r"scores.npy: found shape \(12, 20, 2\).*\(20, 12\).*turned"):
+        main(["turned.png", "scores.npy", "out.png"])
+
+
+def test_colours_by_name_by_numbers_and_in_hexadecimal():
+    assert colour("black") == colour("0,0,0") == colour("000000") == colour("#000000") == (0, 0, 0)
+    assert colour("224,224,192") == colour("e0e0c0") == (224, 224, 192)
+
+
+def bad_files():
+    """Files that are not what they should be."""
+    scores = np.load("scores.npy")
+    np.save("flat.npy", scores[:, :, 0])
+    np.save("complex.npy", scores + 1j)
+    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save("many.npy", np.zeros((H, W, 256), np.float32))
+    np.save("small.npy", scores[1:])
+    np.save("nan.npy", np.full_like(scores, np.nan))
+    np.save("above_one.npy", scores + 10)
+    with open("scores.npy", "rb") as whole, open("cut.npy", "wb") as cut:
+        cut.write(whole.read()[:200])
+    with open("text.png", "w") as file:
+        file.write("no picture")
+    label_picture("RGB").save("labels.png")
+    label_picture("RGB").resize((W, H - 1)).save("low.png")
+    Image.fromarray(np.full((H, W, 3), UNKNOWN, np.uint8)).save("nothing.png")
+    Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W)).save("deep.png")
+    noise = np.random.default_rng(2).integers(0, 256, (30, 30, 3)).astype(np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    np.savez("array.npz", a=scores)
+    save_checkpoint("joint.npz", DenseCRF(6))
+    save_checkpoint("unary.npz", None)
+
+
+BAD = {
+    "photo.jpg scores.npy": "photo.jpg: found no such file",
+    "text.png scores.npy": "text.png: not a readable photograph",
+    "photo.png nothing.npy": "nothing.npy: found no such file",
+    "photo.png flat.npy": r"flat.npy: found shape \(12, 20\) of float32, expected \(H, W, L\)",
+    "photo.png complex.npy": "complex.npy: found shape .* of complex",
+    "photo.png objects.npy": "objects.npy: not a readable .npy file",
+    "photo.png cut.npy": "cut.npy: not a readable .npy file",
+    "photo.png many.npy": "many.npy: found shape .*, L at most 255",
+    "photo.png small.npy": r"small.npy: found shape \(11, 20, 2\), expected \(12, 20\)",
+    "photo.png nan.npy": "found NaN",
+    "photo.png above_one.npy --probabilities": "probabilities",
+    "photo.png text.png": "text.png: neither an .npy file nor a readable picture",
+    "photo.png array.npz": "array.npz: neither",
+    "photo.png low.png": r"low.png: found shape \(11, 20, 2\)",
+    "photo.png deep.png": "deep.png: found a picture of mode I;16",
+    "photo.png noise.png": "noise.png: found [0-9]+ colours besides unknown, expected 1 to 255",
+    "photo.png nothing.png --unknown white": "found 0 colours besides unknown",
+    "photo.png labels.png --probabilities": "labels.png: found no .npy file",
+    "photo.png labels.png --confidence 1.5": "confidence",
+    "photo.png scores.npy --confidence 0.5": "scores.npy: found an array",
+    "photo.png scores.npy --unknown black": "scores.npy: found an array",
+    "photo.png scores.npy --sigma-position 0": "sigma_position: found .*, expected",
+    "photo.png scores.npy --w 1 nan": "w: found",
+    "photo.png scores.npy --parameters nowhere.npz": "nowhere.npz",
+    "photo.png scores.npy --parameters array.npz": "array.npz: found no training state",
+    "photo.png scores.npy --parameters unary.npz": "unary.npz: found a network without CRF",
+    "photo.png scores.npy --parameters joint.npz --w 1 1": "--parameters: found --w as well",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_named_in_one_line_and_out_stays_as_it_was(folder, arguments):
+    bad_files()
+    image, scores, *options = arguments.split()
+    with pytest.raises((ValueError, OSError), match=BAD[arguments]) as error:
+        main([image, scores, "out.png", *options])
+    assert "\n" not in str(error.value)
+    assert (folder / "out.png").read_bytes() == b"kept" and not (folder / "out.png.tmp").exists()
+
+
+@pytest.mark.parametrize("out", ["out.jpg", "nowhere/out.png", "folder.png", "photo.png"])
+def test_an_out_that_cannot_be_is_refused_before_the_work(folder, out):
+    (folder / "folder.png").mkdir()
+    photo = (folder / "photo.png").read_bytes()
+    with pytest.raises(ValueError, match=f"^{out}: found"):
+        main(["photo.png", "scores.npy", out])
+    assert (folder / "photo.png").read_bytes() == photo
+
+
+@pytest.mark.parametrize("options", [["--unknown", "mauve-ish"], ["--iterations", "-1"], ["--w", "1"]])
+def test_bad_options_are_named_in_one_line(folder, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["photo.png", "labels.png", "out.png", *options])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and shown.out == ""
+    assert options[0] in shown.err and shown.err.count("\n") == 1
+
+
+def test_from_the_shell_errors_exit_with_2(folder):
+    command = [sys.executable, "-m", "minicrf", "photo.png", "nothing.npy", "out.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
+                          env={"PYTHONPATH": checkpoints.__file__.rsplit("/", 2)[0], "PATH": ""})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("python -m minicrf: nothing.npy: found no such file")
+    assert done.stderr.count("\n") == 1
