@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import array_module, to_host
 from .kernels import GaussianKernel
-from .losses import softmax
+from .losses import VOID, softmax
 
 THREADS = min(4, os.cpu_count() or 1)   # NumPy and SciPy release the interpreter lock
 BLOCK = 2**13           # pixels that one thread updates at a time: small enough for its cache
@@ -62,8 +62,10 @@ class DenseCRF:
         self.params = {"w": w}
         for name in used:
             sigma = np.array(sigmas[name], dtype=np.float64).ravel()
-            if len(sigma) < 2 or not (np.isfinite(sigma) & (sigma > 0)).all():
-                raise ValueError(f"{name}: found {sigma.tolist()}, expected two or more positive widths")
+            right_length = len(sigma) == 2 if name == "sigma_position" else len(sigma) > 2
+            if not right_length or not (np.isfinite(sigma) & (sigma > 0)).all():
+                raise ValueError(f"{name}: found {sigma.tolist()}, expected positive widths for x, y"
+                                 + (" and each channel" if name == "sigma_bilateral" else ""))
             self.params["log_" + name] = np.log(sigma)
         self.grads = {name: np.zeros_like(value) for name, value in self.params.items()}
         self._position_kernels = OrderedDict()
@@ -83,7 +85,7 @@ class DenseCRF:
         kernels = self._kernels(f, scores.shape[:2], image)
         w = [float(w_m) for w_m in self.params["w"]]
         self_weight = _self_weight(w, kernels, f)                            # (N, 1)
-        blocks = _blocks(f)
+        blocks, threads = _blocks(f), _threads(f)
 
         logits = f.copy()                                                    # (N, L)
         q = softmax(f)                                                       # (N, L)
@@ -91,7 +93,7 @@ class DenseCRF:
         for t in range(self.iterations):
             if train:
                 steps.append(q)
-            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], xp)
+            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], threads)
             q, q_before = xp.empty_like(q), q
 
             def update(rows):
@@ -101,7 +103,7 @@ class DenseCRF:
                 if t == self.iterations - 1:
                     logits[rows] = z
                 q[rows] = _softmax(z, best[rows])
-            _run([partial(update, rows) for rows in blocks], xp)
+            _run([partial(update, rows) for rows in blocks], threads)
 
         self.logits = logits.reshape(scores.shape)                           # (H, W, L)
         self._saved = (kernels, steps, q) if train else None
@@ -123,7 +125,7 @@ class DenseCRF:
         dz = dz.reshape(q.shape)                                             # (N, L)
         xp = array_module(dz)
         w = [float(w_m) for w_m in self.params["w"]]
-        blocks = _blocks(dz)
+        blocks, threads = _blocks(dz), _threads(dz)
         self_weight = _self_weight(w, kernels, dz)                           # (N, 1)
         weighted = [kernel.weighted() for kernel in kernels]
         # what the gradients of w and sigma are linear in, summed over steps and labels
@@ -135,10 +137,10 @@ class DenseCRF:
 
         for q in reversed(steps):
             # forward: z^t = f + sum_m w_m K_m q^(t-1)
-            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], xp)
-            spread_back = _run([partial(kernel.K_hat.spread_transpose, dz) for kernel in kernels], xp)
+            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], threads)
+            spread_back = _run([partial(kernel.K_hat.spread_transpose, dz) for kernel in kernels], threads)
             for m, filters in enumerate(weighted):
-                cross[m] += xp.stack(_run([partial(G.inner, dz, q) for G in filters], xp))
+                cross[m] += xp.stack(_run([partial(G.inner, dz, q) for G in filters], threads))
             dz_before = xp.empty_like(dz)
 
             def update(rows):
@@ -152,7 +154,7 @@ class DenseCRF:
                 product[rows] += _row_dots(dz[rows], q[rows])
                 # forward: q^(t-1) = softmax(z^(t-1))
                 dz_before[rows] = _through_softmax(dq, q[rows])
-            _run([partial(update, rows) for rows in blocks], xp)
+            _run([partial(update, rows) for rows in blocks], threads)
             dz = dz_before
         # forward: z^0 = f
         df += dz
@@ -162,6 +164,25 @@ class DenseCRF:
             dsigma = kernel.shape_gradient(forth[m] + back[m], cross[m], product)
             self.grads[name] += w[m] * to_host(dsigma)
         return df.reshape(self.logits.shape)                                 # (H, W, L)
+
+    def free_energy(self, q, scores, image):
+        """KL(q || P), up to the constant log Z, of marginals q (H, W, L): what mean field minimises.
+
+            sum_il q (log q - f)  -  1/2 sum_m w_m sum_(i != j) k_m(i,j) <q_i, q_j>
+
+        For watching convergence.  The parallel update of Eq. 5 does not promise to lower it at every
+        step, and can swing between two states.  j != i, whatever exclude_self says.  A float.
+        """
+        _check(scores, image, self.n_labels)
+        xp = array_module(scores)
+        f, q = (a.reshape(-1, self.n_labels) for a in (scores, q))           # (N, L)
+        possible = q > 0                                                     # 0 log 0 = 0
+        log_q, f_q = xp.log(xp.where(possible, q, 1)), xp.where(possible, f, 0)
+        energy = (q * (log_q - f_q)).sum(dtype=np.float64)
+        for w_m, kernel in zip(self.params["w"], self._kernels(f, scores.shape[:2], image)):
+            Kq = kernel.K_hat.filter(q) - kernel.diagonal[:, None] * q
+            energy = energy - w_m / 2 * (q * Kq).sum(dtype=np.float64)
+        return float(energy)
 
     def _sigma_names(self):
         return [name for name in self.params if name != "w"]
@@ -197,7 +218,42 @@ class DenseCRF:
             return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
 
         build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
-        return _run([build[name] for name in self._sigma_names()], xp)
+        return _run([build[name] for name in self._sigma_names()], _threads(f))
+
+
+def scores_from_probabilities(p, floor=1e-6):
+    """Scores log p for DenseCRF from class probabilities p (..., L), floats, in p's dtype.
+
+    floor: probabilities below it count as it, since a 0 from rounding would forbid a label for good;
+    floor=0 keeps them as -inf.  Raises ValueError where p is negative, NaN or no float.
+    """
+    xp = array_module(p)
+    if p.dtype.kind != "f" or not bool((p >= 0).all()):
+        raise ValueError(f"p: found {p.dtype} with minimum {float(p.min()):g}, "
+                         "expected floats, at least 0")
+    with np.errstate(divide="ignore"):
+        return xp.log(xp.maximum(p, p.dtype.type(floor)))
+
+
+def scores_from_labels(labels, n_labels, confidence, unknown=VOID, dtype=np.float32):
+    """Scores (H, W, L) for DenseCRF from a label map (H, W) of integers in 0..L-1.
+
+    confidence: probability, 0 < confidence < 1, that a pixel's given label is the right one; the
+    others share the rest evenly.  unknown: the value of pixels with no label, for which all labels are
+    alike; None if there are none.
+    Raises ValueError where confidence or a label is out of range.
+    """
+    xp = array_module(labels)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: found {confidence}, expected a probability between 0 and 1")
+    known = xp.ones(labels.shape, dtype=bool) if unknown is None else labels != unknown
+    wrong = known & ((labels < 0) | (labels >= n_labels))
+    if bool(wrong.any()):
+        raise ValueError(f"labels: found {int(labels[wrong][0])}, expected 0 to {n_labels - 1}"
+                         + ("" if unknown is None else f", or {unknown} for unknown"))
+    given = known[..., None] & (labels[..., None] == xp.arange(n_labels))    # (H, W, L)
+    log_odds = np.log(confidence) - np.log((1 - confidence) / max(n_labels - 1, 1))
+    return given.astype(dtype) * dtype(log_odds)
 
 
 def _check(scores, image, n_labels):
@@ -255,12 +311,17 @@ def _blocks(values):
     return [slice(start, min(start + size, len(values))) for start in range(0, len(values), size)]
 
 
-def _run(tasks, xp):
-    """Results of the functions in `tasks`, run in threads on the CPU.
+def _threads(values):
+    """How many threads: one on a GPU, and where the work takes no longer than to start a second."""
+    return THREADS if array_module(values) is np and len(values) > BLOCK else 1
+
+
+def _run(tasks, threads):
+    """Results of the functions in `tasks`.
 
     No task adds into what another writes: the result is the same for any number of threads.
     """
-    if xp is not np or THREADS == 1 or len(tasks) < 2:
+    if threads == 1:
         return [task() for task in tasks]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda task: task(), tasks))

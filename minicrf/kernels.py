@@ -10,7 +10,7 @@ import numpy as np
 from .arrays import array_module
 from .permutohedral import PermutohedralLattice
 
-TILE = 2**22     # kernel entries that ExactFilter holds at a time
+TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
 
 
 class GaussianKernel:
@@ -21,8 +21,8 @@ class GaussianKernel:
     exclude_self: subtract the filter's own diagonal, kappa_i (over n_i where normalised).
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
 
-    Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; `self_weight`
-    (N,), the diagonal to subtract from it (zeros where exclude_self is not set).
+    Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; `diagonal` (N,)
+    of K_hat; `self_weight` (N,), what to subtract from it: the diagonal or, without exclude_self, 0.
     """
 
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False):
@@ -35,14 +35,15 @@ class GaussianKernel:
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
             self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))
-        else:
+        elif normalization == "none":
             self.n = None
             self.K_hat = self.K
-        self.self_weight = self.K_hat.diagonal
-        if self.n is not None:      # n = kappa + the others: where neighbours miss, kappa is too large
-            self.self_weight = xp.minimum(self.self_weight, 1)
-        if not exclude_self:
-            self.self_weight = xp.zeros_like(self.self_weight)
+        else:
+            raise ValueError(f"normalization: found {normalization!r}, expected 'symmetric' or 'none'")
+        self.diagonal = self.K_hat.diagonal                                  # (N,): kappa or kappa/n
+        if self.n is not None:      # n = kappa + the others: kappa > n where lattice neighbours miss
+            self.diagonal = xp.minimum(self.diagonal, 1)
+        self.self_weight = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
 
     def apply(self, b):
         """K^ b for b (N, L)."""
@@ -93,6 +94,8 @@ class ExactFilter:
         self.features = features.astype(np.float64)
         self.scale = xp.ones_like(self.features[:, 0])                       # (N,)
         self.diagonal = xp.ones_like(features[:, 0])
+        n = len(features)
+        self.whole = self._kernel(slice(0, n)) if n * n <= TILE else None    # K, where it fits
 
     def filter(self, values):
         """K @ values: (N, C) -> (N, C).  Raises ValueError for another N."""
@@ -117,8 +120,8 @@ class ExactFilter:
         step = max(1, TILE // len(v))
         for first in range(start, stop, step):
             tile = slice(first, min(first + step, stop))
-            K = self.scale[tile, None] * self._kernel(tile)                  # (tile, N)
-            out[first - start:tile.stop - start] = K @ v
+            K = self._kernel(tile) if self.whole is None else self.whole[tile]         # (tile, N)
+            out[first - start:tile.stop - start] = self.scale[tile, None] * (K @ v)
         return out
 
     def inner(self, a, b):

@@ -281,7 +281,7 @@ class BilinearUpsample(Layer):
     def backward(self, dy):
         """dy (H, W, L) -> dscores (L, h, w)."""
         H, _, L = dy.shape
-        R_y, R_x = self.R_y, self.R_x
+        R_y, R_x, self.R_y, self.R_x = self.R_y, self.R_x, None, None
         # forward: Y = R_y S R_x^T
         dS = R_y.T @ (R_x.T @ dy).reshape(H, -1)                         # (h, w*L)
         return dS.reshape(R_y.shape[1], R_x.shape[1], L).transpose(2, 0, 1)

@@ -24,20 +24,22 @@ def softmax_loss(z, labels):
     """Eq. 6 divided by the number of labelled pixels, and its gradient, q - onehot(y).
 
     z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.
-    Returns (loss, dz): a 0-d array (so that a GPU need not wait) and an (N, L) array.  Where no pixel
-    is labelled both are zero.  Written with log-sum-exp: neither log 0 nor 1/q can occur (Eq. 8 joined
-    with the softmax's Jacobian).
+    Returns (loss, dz): a 0-d array (so that a GPU need not wait) and an (N, L) array.  Where no
+    pixel is labelled both are zero.  Written with log-sum-exp: neither log 0 nor 1/q can occur
+    (Eq. 8 joined with the softmax's Jacobian).
     """
     xp = array_module(z)
     labelled = labels != VOID                                            # (N,)
-    weight = labelled.astype(z.dtype) / xp.maximum(labelled.sum(), 1).astype(z.dtype)   # (N,)
+    weight = labelled.astype(z.dtype)                                    # (N,)
+    weight /= xp.maximum(labelled.sum(), 1).astype(z.dtype)
     pixels = xp.arange(len(labels))
     y = xp.where(labelled, labels, 0)                                    # (N,)
 
     shifted = z - z.max(axis=-1, keepdims=True)                          # (N, L)
     q = xp.exp(shifted)
     total = q.sum(axis=-1, keepdims=True)                                # (N, 1)
-    loss = (weight * (xp.log(total[:, 0]) - shifted[pixels, y])).sum()
+    shifted_y = xp.where(labelled, shifted[pixels, y], 0)                # void may be -inf at 0
+    loss = (weight * (xp.log(total[:, 0]) - shifted_y)).sum()
 
     # forward: loss = sum_i weight_i (log sum_l exp z_il - z_i,y_i)
     q /= total

@@ -83,7 +83,8 @@ def scale_fresh(net, names, x):
             mean = x.mean(axis=(0, 2, 3))                                # (O,)
             std = xp.sqrt(x.var(axis=(0, 2, 3)) + x.dtype.type(1e-6))
             layer.params["w"] /= std[:, None, None, None]
-            layer.params["b"] -= mean / std
+            layer.params["b"] -= mean
+            layer.params["b"] /= std
             x -= mean[:, None, None]
             x /= std[:, None, None]
 

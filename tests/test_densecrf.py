@@ -1,0 +1,381 @@
+"""The CRF against Eq. 5 written out with dense matrices, its gradients against finite differences."""
+import numpy as np
+import pytest
+
+from minicrf import densecrf
+from minicrf.densecrf import DenseCRF, scores_from_labels, scores_from_probabilities
+from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf.losses import softmax, softmax_loss
+
+H, W, L = 4, 5, 3
+SIGMAS = dict(sigma_position=(1.5, 2.), sigma_bilateral=(3., 4., 60., 80., 100.))
+OPTIONS = [dict(normalization=normalization, exclude_self=exclude_self)
+           for normalization in ("symmetric", "none") for exclude_self in (True, False)]
+
+
+def example(h=H, w=W, n_labels=L, channels=3, seed=0):
+    """Scores (h, w, L), an image (h, w, C) and labels (N,), one of them void."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, n_labels, h * w)
+    labels[0] = 255
+    return rng.standard_normal((h, w, n_labels)), rng.uniform(0, 255, (h, w, channels)), labels
+
+
+def dense_kernels(crf, image):
+    """The kernels of Eq. 9 as (N, N) matrices, straight from the formulas."""
+    h, w, channels = image.shape
+    points = np.array([[x, y, *image[y, x]] for y in range(h) for x in range(w)])
+    kernels = []
+    for name, d in (("log_sigma_position", 2), ("log_sigma_bilateral", 2 + channels)):
+        if name in crf.params:
+            F = points[:, :d] / np.exp(crf.params[name])
+            K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
+            n = K.sum(axis=1)
+            if crf.exclude_self:
+                K -= np.eye(len(F))
+            kernels.append(K / np.sqrt(n[:, None] * n) if crf.normalization == "symmetric" else K)
+    return kernels
+
+
+def mean_field(crf, scores, image):
+    """Eq. 5, with no more than matrix products."""
+    f = scores.reshape(-1, scores.shape[-1])
+    q = softmax(f)
+    for _ in range(crf.iterations):
+        q = softmax(f + sum(w * K @ q for w, K in zip(crf.params["w"], dense_kernels(crf, image))))
+    return q.reshape(scores.shape)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_exact_inference_is_equation_5(options):
+    scores, image, _ = example()
+    crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
+    q = crf.forward(scores, image)
+    np.testing.assert_allclose(q, mean_field(crf, scores, image), atol=1e-12)
+    np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
+
+
+def loss_and_gradient(crf, scores, image, labels):
+    """Eq. 6 and its gradient to the scores; the parameters' gradients are left in crf.grads."""
+    crf.forward(scores, image)
+    loss, dz = softmax_loss(crf.logits.reshape(-1, crf.n_labels), labels)
+    return float(loss), crf.backward_logits(dz)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_exact_gradients_of_scores_and_all_nine_parameters(options):
+    scores, image, labels = example()
+    crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
+    _, df = loss_and_gradient(crf, scores, image, labels)
+
+    def loss(_):
+        crf.forward(scores, image, train=False)
+        return float(softmax_loss(crf.logits.reshape(-1, L), labels)[0])
+
+    grads = {name: crf.grads[name].copy() for name in crf.grads}
+    assert relative_error(df, numerical_gradient(loss, scores)) < 1e-6
+    assert sum(p.size for p in crf.params.values()) == 9
+    for name, p in crf.params.items():
+        assert relative_error(grads[name], numerical_gradient(loss, p)) < 1e-6, name
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_lattice_gradients_of_scores_and_weights(options):
+    """With the widths fixed the lattice's loss is smooth too, and needs the filter's transpose."""
+    scores, image, labels = example()
+    crf = DenseCRF(L, w=(0.5, 1.), sigma_position=(1.5, 2.),
+                   sigma_bilateral=(3., 4., 60., 80., 100.), **options)
+    _, df = loss_and_gradient(crf, scores, image, labels)
+
+    def loss(_):
+        crf.forward(scores, image, train=False)
+        return float(softmax_loss(crf.logits.reshape(-1, L), labels)[0])
+
+    assert relative_error(df, numerical_gradient(loss, scores)) < 1e-6
+    assert relative_error(crf.grads["w"], numerical_gradient(loss, crf.params["w"])) < 1e-6
+
+
+def test_backward_takes_any_gradient_of_the_marginals():
+    scores, image, _ = example()
+    dq = np.random.default_rng(1).standard_normal(scores.shape)
+    crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS)
+    crf.forward(scores, image)
+    df = crf.backward(dq)
+    numerical = numerical_gradient(lambda _: (dq * crf.forward(scores, image)).sum(), scores)
+    assert relative_error(df, numerical) < 1e-6
+
+
+def test_gradients_add_up():
+    scores, image, labels = example()
+    crf = DenseCRF(L, exact=True, **SIGMAS)
+    loss_and_gradient(crf, scores, image, labels)
+    once = {name: g.copy() for name, g in crf.grads.items()}
+    loss_and_gradient(crf, scores, image, labels)
+    for name, g in crf.grads.items():
+        np.testing.assert_allclose(g, 2 * once[name])
+
+
+def drawn(h=48, w=64):
+    """A drawn image of shaded discs (h, w, 3), noisy scores (h, w, 3) and the true labels (N,)."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:h, :w]
+    labels = np.zeros((h, w), dtype=int)
+    labels[(x - 20) ** 2 + (y - 20) ** 2 < 150] = 1
+    labels[(x - 44) ** 2 + (y - 30) ** 2 < 130] = 2
+    colours = np.array([[70, 110, 60], [160, 100, 80], [110, 120, 150]])
+    image = colours[labels] + (0.5 * x + 0.3 * y)[..., None] + rng.normal(0, 8, (h, w, 3))
+    scores = np.eye(3)[labels] + rng.standard_normal((h, w, 3))
+    return image, scores, labels.ravel()
+
+
+@pytest.mark.parametrize("xy, rgb", [(20, 13), (40, 30), (80, 13)])
+def test_lattice_shape_gradient_follows_the_exact_one_through_five_steps(xy, rgb):
+    image, scores, labels = drawn()
+    gradients = []
+    for exact in (True, False):
+        crf = DenseCRF(3, w=(1., 2.), sigma_bilateral=(xy, xy, rgb, rgb, rgb), exact=exact)
+        loss_and_gradient(crf, scores, image, labels)
+        gradients.append(np.concatenate([crf.grads["log_sigma_position"],
+                                         crf.grads["log_sigma_bilateral"]]))
+    (a, b), (length_a, length_b) = gradients, np.linalg.norm(gradients, axis=1)
+    cosine, ratio = a @ b / (length_a * length_b), length_b / length_a
+    assert cosine > 0.97 and 0.75 < ratio < 1.25, (cosine, ratio)
+
+
+# Blocks, threads, memory
+
+def test_blocks_and_threads_change_no_bit(monkeypatch):
+    scores, image, labels = (a.astype(np.float32) if a.dtype == float else a for a in example(20, 30))
+    results = []
+    for block, threads in ((64, 1), (64, 2), (64, 3)):
+        monkeypatch.setattr(densecrf, "BLOCK", block)
+        monkeypatch.setattr(densecrf, "THREADS", threads)
+        crf = DenseCRF(L, sigma_bilateral=(9., 9., 90., 90., 90.))
+        _, df = loss_and_gradient(crf, scores, image, labels)
+        results.append((crf.logits, df, *crf.grads.values()))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_inference_keeps_nothing_and_gives_the_same():
+    scores, image, _ = example()
+    crf = DenseCRF(L)
+    np.testing.assert_array_equal(crf.forward(scores, image, train=False), crf.forward(scores, image))
+    crf.forward(scores, image, train=False)
+    with pytest.raises(ValueError, match="backward: found no forward pass with train=True"):
+        crf.backward(scores)
+
+
+def test_position_kernels_are_reused_but_only_a_few_kept(monkeypatch):
+    built = []
+    kernel = densecrf.GaussianKernel
+    monkeypatch.setattr(densecrf, "GaussianKernel",
+                        lambda *args: built.append(args) or kernel(*args))
+    crf = DenseCRF(L, sigma_bilateral=None)
+    for h in (3, 3, 4, 5, 6, 7, 7, 3):
+        crf.forward(*example(h)[:2], train=False)
+        assert len(crf._position_kernels) <= densecrf.CACHED_KERNELS
+    assert len(built) == 6                                               # 3, 4, 5, 6, 7, and 3 again
+    crf.params["log_sigma_position"] += 0.1
+    crf.forward(*example(3)[:2])
+    assert len(built) == 7
+
+
+# Any image, any scores
+
+@pytest.mark.parametrize("h, w, n_labels, channels", [
+    (1, 1, 3, 3), (1, 30, 3, 3), (30, 1, 3, 3), (6, 7, 1, 3), (6, 7, 150, 3), (6, 7, 3, 1), (6, 7, 3, 7)])
+def test_every_shape_works_forward_and_backward(h, w, n_labels, channels):
+    scores, image, labels = example(h, w, n_labels, channels)
+    crf = DenseCRF(n_labels, sigma_bilateral=(9., 9.) + (30.,) * channels)
+    _, df = loss_and_gradient(crf, scores, image, labels)
+    q = crf.forward(scores, image)
+    assert q.shape == df.shape == scores.shape and q.dtype == np.float64
+    np.testing.assert_allclose(q.sum(axis=2), 1)
+    assert np.isfinite(df).all() and all(np.isfinite(g).all() for g in crf.grads.values())
+
+
+def test_one_pixel_keeps_its_own_mind():
+    scores, image, _ = example(1, 1)
+    for exact in (True, False):
+        np.testing.assert_allclose(DenseCRF(L, exact=exact).forward(scores, image), softmax(scores))
+
+
+def test_constant_image_is_smoothed_by_position_alone():
+    scores, image, _ = example(12, 12)
+    both = DenseCRF(L, w=(0., 5.), sigma_bilateral=(3., 3., 9., 9., 9.), exact=True)
+    position = DenseCRF(L, w=(5.,), sigma_bilateral=None, exact=True)
+    q = both.forward(scores, np.full_like(image, 77))
+    np.testing.assert_allclose(q, position.forward(scores, image), atol=1e-9)
+    lattice = DenseCRF(L, w=(0., 5.), sigma_bilateral=(3., 3., 9., 9., 9.))
+    assert abs(lattice.forward(scores, np.full_like(image, 77)) - q).mean() < 0.05
+
+
+@pytest.mark.parametrize("left_out", ["sigma_position", "sigma_bilateral"])
+def test_either_kernel_can_be_left_out(left_out):
+    scores, image, labels = example()
+    crf = DenseCRF(L, w=(0.5, 1.), exact=True, **{**SIGMAS, left_out: None})
+    assert crf.params["w"].tolist() == [1. if left_out == "sigma_position" else 0.5]
+    assert "log_" + left_out not in crf.params and crf.params.keys() == crf.grads.keys()
+    np.testing.assert_allclose(crf.forward(scores, image), mean_field(crf, scores, image))
+    loss_and_gradient(crf, scores, image, labels)
+
+
+def test_forbidden_labels_stay_forbidden():
+    scores, image, labels = example()
+    scores[1, 2, 0] = scores[0, 1, :2] = -np.inf
+    labels[7], labels[1] = 1, 2
+    crf = DenseCRF(L)
+    loss, df = loss_and_gradient(crf, scores, image, labels)
+    q = crf.forward(scores, image)
+    assert q[1, 2, 0] == 0 and q[0, 1].tolist() == [0, 0, 1]
+    assert np.isfinite(loss) and np.isfinite(df).all() and df[1, 2, 0] == 0
+
+
+@pytest.mark.parametrize("scale", [1e6, -1e6])
+def test_huge_scores_decide_alone(scale):
+    scores, image, _ = example()
+    q = DenseCRF(L).forward((scores * scale).astype(np.float32), image)
+    np.testing.assert_array_equal(q.argmax(axis=2), (scores * scale).argmax(axis=2))
+    assert np.isfinite(q).all()
+
+
+def test_huge_messages_do_not_overflow():
+    scores, image, _ = example()
+    for w in (300., -300.):
+        crf = DenseCRF(L, w=(w, w), exact=True, normalization="none", iterations=2, **SIGMAS)
+        with np.errstate(all="raise", under="ignore"):
+            q = crf.forward(scores, image)
+        np.testing.assert_allclose(q, mean_field(crf, scores, image), atol=1e-9)
+
+
+def test_more_lattice_points_than_pixels():
+    scores, image, labels = example(20, 20)
+    crf = DenseCRF(L, sigma_bilateral=(9., 9., 1., 1., 1.))
+    _, df = loss_and_gradient(crf, scores, image, labels)
+    kernel = crf._saved[0][1]
+    assert 400 < kernel.K.slice.shape[1] <= 400 * 6
+    # no two colours within a kernel width: the bilateral kernel says nothing
+    alone = DenseCRF(L, sigma_bilateral=None)
+    np.testing.assert_allclose(crf.forward(scores, image), alone.forward(scores, image), atol=1e-3)
+
+
+def test_inputs_may_be_strided_and_are_never_written_to():
+    scores, image, labels = example(8, 10)
+    expected = DenseCRF(L, **SIGMAS).forward(scores, image)
+    for a in (scores, image):
+        a.setflags(write=False)
+    strided = np.asfortranarray(scores), image[::-1].copy()[::-1]
+    for s, i in ((scores, image), strided):
+        crf = DenseCRF(L, **SIGMAS)
+        kept = s.copy(), i.copy()
+        np.testing.assert_allclose(crf.forward(s, i), expected, atol=1e-12)
+        dz = softmax_loss(crf.logits.reshape(-1, L), labels)[1]
+        dz.setflags(write=False)
+        crf.backward_logits(dz)
+        np.testing.assert_array_equal(s, kept[0])
+        np.testing.assert_array_equal(i, kept[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_follows_the_scores(dtype):
+    scores, image, labels = example()
+    crf = DenseCRF(L)
+    _, df = loss_and_gradient(crf, scores.astype(dtype), image.astype(np.uint8), labels)
+    assert crf.forward(scores.astype(dtype), image).dtype == crf.logits.dtype == df.dtype == dtype
+    assert all(p.dtype == np.float64 for p in [*crf.params.values(), *crf.grads.values()])
+
+
+def test_no_iterations_give_the_softmax():
+    scores, image, labels = example()
+    crf = DenseCRF(L, iterations=0)
+    np.testing.assert_allclose(crf.forward(scores, image), softmax(scores))
+    _, df = loss_and_gradient(crf, scores, image, labels)
+    np.testing.assert_array_equal(df.reshape(-1, L), softmax_loss(scores.reshape(-1, L), labels)[1])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda s, i: (s * np.nan, i), "scores: found NaN"),
+    (lambda s, i: (s + np.inf, i), "scores: found NaN, .inf"),
+    (lambda s, i: (s - np.inf, i), "-inf for every label"),
+    (lambda s, i: (s[:, :, :2], i), r"scores: found shape \(4, 5, 2\).* expected \(H, W, 3\)"),
+    (lambda s, i: (s[0], i), r"scores: found shape \(5, 3\)"),
+    (lambda s, i: (s.astype(int), i), "scores: .* of int64, expected .* float32 or float64"),
+    (lambda s, i: (s, i[:3]), r"image: found shape \(3, 5, 3\), .* of the scores, \(4, 5, 3\)"),
+    (lambda s, i: (s, i[:, :, 0]), r"image: found shape \(4, 5\), expected \(H, W, C\)"),
+    (lambda s, i: (s, i[:, :, :1]), "image: found 1 channels, expected 3 for sigma_bilateral of length 5"),
+    (lambda s, i: (s, i * np.nan), "image: found NaN"),
+])
+def test_bad_input_is_refused_in_one_line(spoil, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DenseCRF(L).forward(*spoil(*example()[:2]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(w=(1., 2., 3.)), r"w: found \[1.0, 2.0, 3.0\], expected a finite number for each kernel"),
+    (dict(sigma_position=(3., 0.)), r"sigma_position: found \[3.0, 0.0\], expected positive widths"),
+    (dict(sigma_position=(3., 3., 3.)), "sigma_position: found"),
+    (dict(sigma_bilateral=(80., 80.)), "sigma_bilateral: found .* and each channel"),
+    (dict(normalization="row"), "normalization: found 'row'"),
+    (dict(iterations=-1), "iterations -1"),
+])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DenseCRF(L, **options)
+
+
+# Free energy, and scores from elsewhere
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_free_energy_is_the_kl_divergence_up_to_a_constant(options):
+    scores, image, _ = example()
+    crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
+    q = crf.forward(scores, image)
+    crf.exclude_self = True                                              # the reference's, always
+    expected = (q * (np.log(q) - scores)).sum()
+    for w, K in zip(crf.params["w"], dense_kernels(crf, image)):
+        for i, q_i in enumerate(q.reshape(-1, L)):
+            for j, q_j in enumerate(q.reshape(-1, L)):
+                expected -= w / 2 * K[i, j] * q_i @ q_j
+    np.testing.assert_allclose(crf.free_energy(q, scores, image), expected)
+
+
+def test_free_energy_falls_as_mean_field_converges():
+    image, scores, _ = drawn()
+    energies = []
+    for iterations in (0, 1, 2, 5):
+        crf = DenseCRF(3, w=(1., 2.), iterations=iterations)
+        energies.append(crf.free_energy(crf.forward(scores, image), scores, image))
+    assert energies == sorted(energies, reverse=True)
+
+
+def test_free_energy_of_forbidden_labels_is_finite():
+    scores, image, _ = example()
+    scores[0, 0, 0] = -np.inf
+    crf = DenseCRF(L)
+    with np.errstate(all="raise", under="ignore"):
+        assert np.isfinite(crf.free_energy(crf.forward(scores, image), scores, image))
+
+
+def test_scores_from_probabilities_are_logarithms():
+    p = np.array([[[0.25, 0.75, 0]]], dtype=np.float32)
+    scores = scores_from_probabilities(p)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(softmax(scores), p, atol=2e-6)
+    assert scores_from_probabilities(p, floor=0)[0, 0, 2] == -np.inf
+    for wrong in (-p, p * np.nan, np.ones((1, 1, 2), dtype=int)):
+        with pytest.raises(ValueError, match="p: found"):
+            scores_from_probabilities(wrong)
+
+
+def test_scores_from_labels_give_the_stated_confidence():
+    labels = np.array([[0, 2, 255]], dtype=np.uint8)
+    q = softmax(scores_from_labels(labels, 4, 0.7))
+    np.testing.assert_allclose(q[0], [[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.25] * 4], rtol=1e-6)
+    assert scores_from_labels(np.zeros((2, 2), dtype=int), 1, 0.7).shape == (2, 2, 1)
+    with pytest.raises(ValueError, match="labels: found 255, expected 0 to 3"):
+        scores_from_labels(labels, 4, 0.7, unknown=None)
+    with pytest.raises(ValueError, match="confidence: found 1, expected"):
+        scores_from_labels(labels, 4, 1)

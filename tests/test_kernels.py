@@ -1,0 +1,130 @@
+"""GaussianKernel against dense matrices written out, and the moment form against finite differences."""
+import numpy as np
+import pytest
+
+from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf import kernels
+from minicrf.kernels import ExactFilter, GaussianKernel
+
+N, L, D = 12, 3, 3
+SIGMA = np.array([1.5, 2.0, 0.8])
+OPTIONS = [(normalization, exclude_self) for normalization in ("symmetric", "none")
+           for exclude_self in (True, False)]
+
+
+def random(*shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+FEATURES, A, B = random(D, N, seed=0), random(N, L, seed=1), random(N, L, seed=2)
+
+
+def dense(features, sigma, normalization, exclude_self):
+    """Eq. 9 as an (N, N) matrix, entry by entry."""
+    n_points = features.shape[1]
+    K = np.zeros((n_points, n_points))
+    for i in range(n_points):
+        for j in range(n_points):
+            K[i, j] = np.exp(-(((features[:, i] - features[:, j]) / sigma) ** 2).sum() / 2)
+    n = K.sum(axis=1)
+    if exclude_self:
+        K -= np.eye(n_points)
+    return K / np.sqrt(n[:, None] * n) if normalization == "symmetric" else K
+
+
+@pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
+def test_exact_kernel_is_the_dense_matrix(monkeypatch, normalization, exclude_self):
+    monkeypatch.setattr(kernels, "TILE", 5 * N)                          # three tiles, the last one smaller
+    kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact=True)
+    assert kernel.K.whole is None
+    K = dense(FEATURES, SIGMA, normalization, exclude_self)
+    np.testing.assert_allclose(kernel.apply(B), K @ B, atol=1e-12)
+    np.testing.assert_allclose(kernel.apply_transpose(A), K.T @ A, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_transpose_passes_the_dot_test(normalization, exclude_self, exact):
+    kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact)
+    forth, back = (A * kernel.apply(B)).sum(), (kernel.apply_transpose(A) * B).sum()
+    assert abs(forth - back) < 1e-10 * abs(forth), (forth, back)
+
+
+def shape_gradient(kernel, a, b):
+    """d<a, K^ b>/dlog sigma, as back-tracking assembles it."""
+    outer = (a * kernel.K_hat.filter(b) + b * kernel.K_hat.filter_transpose(a)).sum(axis=1)
+    cross = np.array([G.inner(a, b) for G in kernel.weighted()])
+    return kernel.shape_gradient(outer, cross, (a * b).sum(axis=1))
+
+
+@pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
+def test_shape_gradient_of_the_exact_kernel(normalization, exclude_self):
+    log_sigma = np.log(SIGMA)
+
+    def product(_):
+        K = dense(FEATURES, np.exp(log_sigma), normalization, exclude_self)
+        return (A * (K @ B)).sum()
+
+    kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact=True)
+    assert relative_error(shape_gradient(kernel, A, B), numerical_gradient(product, log_sigma)) < 1e-6
+
+
+def test_shape_gradient_needs_no_centred_features():
+    shifted = FEATURES + np.array([1000, -2000, 500])[:, None]
+    kernels_ = [GaussianKernel(f, SIGMA, exact=True) for f in (FEATURES, shifted)]
+    assert relative_error(*(shape_gradient(kernel, A, B) for kernel in kernels_)) < 1e-8
+
+
+def drawn(h, w):
+    """Features (5, N) of a smooth drawn image, position and colour, and marginals (N, 4)."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:h, :w]
+    waves = np.stack([np.sin(x * fx + phase) * np.cos(y * fy)
+                      for fx, fy, phase in rng.uniform(0.02, 0.2, (7, 3))])  # (7, h, w)
+    colour = 128 + 60 * waves[:3] + rng.normal(0, 3, (3, h, w))
+    colour[:, :, w // 2:] += 40                                          # an edge
+    q = np.exp(3 * waves[3:]).reshape(4, -1).T                           # (N, 4)
+    return np.concatenate([[x, y], colour]).reshape(5, -1), q / q.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("d, sigma, tolerance", [
+    (2, (3, 3), 0.02), (2, (8, 5), 0.03), (5, (20, 20, 13, 13, 13), 0.06),
+    (5, (40, 40, 30, 30, 30), 0.06), (5, (80, 80, 13, 13, 13), 0.06)])
+def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
+    features, q = drawn(48, 64)
+    exact, lattice = (GaussianKernel(features[:d], sigma, exact=exact).apply(q)
+                      for exact in (True, False))
+    error = np.sqrt(((lattice - exact) ** 2).mean() / (exact**2).mean())
+    assert error < tolerance, error
+
+
+def test_exact_filter_inner_and_scaled_are_what_they_say():
+    exact, s = ExactFilter(FEATURES.T), random(N, seed=3)
+    np.testing.assert_allclose(exact.inner(A, B), (A * exact.filter(B)).sum())
+    np.testing.assert_allclose(exact.scaled(s).filter(B), s[:, None] * exact.filter(s[:, None] * B))
+    np.testing.assert_allclose(exact.scaled(s).diagonal, s * s)
+
+
+def test_exact_filter_gathers_rows():
+    exact = ExactFilter(FEATURES.T)
+    np.testing.assert_allclose(exact.gather(exact.spread(B), slice(3, 8)), exact.filter(B)[3:8])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_pixel_far_from_all_others_hears_nothing(exact):
+    far = np.arange(4.0)[None] * 1000
+    kernel = GaussianKernel(far, [1.0], exact=exact)
+    np.testing.assert_allclose(kernel.apply(B[:4]), 0, atol=1e-12)
+
+
+def test_dtype_follows_the_features():
+    for exact in (True, False):
+        kernel = GaussianKernel(FEATURES.astype(np.float32), SIGMA, exact=exact)
+        assert kernel.apply(B.astype(np.float32)).dtype == np.float32
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="normalization: found 'row', expected 'symmetric' or 'none'"):
+        GaussianKernel(FEATURES, SIGMA, normalization="row")
+    with pytest.raises(ValueError, match=r"values: found shape \(5, 3\), expected \(12, any\)"):
+        ExactFilter(FEATURES.T).filter(B[:5])

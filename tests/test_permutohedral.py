@@ -1,0 +1,170 @@
+"""The lattice against a plain one kept in a dictionary, and against the Gaussian it stands for."""
+import numpy as np
+import pytest
+
+from minicrf import permutohedral
+from minicrf.permutohedral import PermutohedralLattice
+
+
+def features(n, d, dtype=np.float64, width=0.5, seed=0):
+    return (np.random.default_rng(seed).standard_normal((n, d)) * width).astype(dtype)
+
+
+def plain_filter(F, values):
+    """[Adams 2010] one point at a time, the lattice a dictionary from a point to its row of values."""
+    n, d = F.shape
+    basis = np.zeros((d, d + 1))                # row j - 1: e_0 + ... + e_(j-1) - j e_j, unit length
+    for j in range(1, d + 1):
+        basis[j - 1, :j] = 1
+        basis[j - 1, j] = -j
+        basis[j - 1] /= np.sqrt(j * (j + 1))
+    elevated = F @ basis * np.sqrt(2 / 3) * (d + 1)
+
+    lattice, corners = {}, []
+    for point, value in zip(elevated, values):
+        # of the remainder-0 points around, the nearest one; the simplex' other corners follow by
+        # stepping along the axes in the order of the point's offsets from it
+        low = np.floor(point / (d + 1)) * (d + 1)
+        cell = low + (d + 1) * (point - low > (d + 1) / 2)
+        while cell.sum() > 0:
+            cell[np.argmin(point - cell)] -= d + 1
+        while cell.sum() < 0:
+            cell[np.argmax(point - cell)] += d + 1
+        order = np.argsort(cell - point)                                 # largest offset first
+        offset = (point - cell)[order] / (d + 1)
+        weights = [1 + offset[-1] - offset[0]] + [offset[d - r] - offset[d + 1 - r]
+                                                  for r in range(1, d + 1)]
+        for r, weight in enumerate(weights):
+            key = cell + r
+            key[order[d + 1 - r:]] -= d + 1
+            key = tuple(key.astype(int))
+            lattice[key] = lattice.get(key, 0) + weight * value
+            corners.append((key, weight))
+
+    for axis in range(d + 1):
+        step = np.ones(d + 1, dtype=int)
+        step[axis] -= d + 1
+        lattice = {key: v + (lattice.get(tuple(key + step), 0) + lattice.get(tuple(key - step), 0)) / 2
+                   for key, v in lattice.items()}
+    out = np.array([weight * lattice[key] for key, weight in corners])       # (N*(d+1), C)
+    return out.reshape(n, d + 1, -1).sum(axis=1) / (1 + 2.0**-d)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 9])
+def test_filter_equals_a_lattice_kept_in_a_dictionary(d):
+    F = features(60, d, width=1.5)
+    values = features(60, 3, seed=1)
+    np.testing.assert_allclose(PermutohedralLattice(F).filter(values), plain_filter(F, values),
+                               rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("largest_word", [2, 500])
+def test_keys_too_long_for_one_word_change_nothing(monkeypatch, largest_word):
+    F, values = features(60, 5, width=2), features(60, 2, seed=1)
+    expected = PermutohedralLattice(F).filter(values)
+    monkeypatch.setattr(permutohedral, "LARGEST_WORD", largest_word)
+    np.testing.assert_array_equal(PermutohedralLattice(F).filter(values), expected)
+
+
+def test_many_dimensions_need_and_get_long_keys():
+    F, values = features(40, 14, width=300), features(40, 2, seed=1)
+    # so far apart that each point meets itself only
+    lattice = PermutohedralLattice(F)
+    assert lattice.slice.shape == (40, 40 * 15)
+    np.testing.assert_allclose(lattice.filter(values), lattice.filter(np.ones((40, 1))) * values)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_transpose_passes_the_dot_test(d):
+    lattice = PermutohedralLattice(features(200, d))
+    a, b = features(200, 4, seed=1), features(200, 4, seed=2)
+    forth, back = (a * lattice.filter(b)).sum(), (lattice.filter_transpose(a) * b).sum()
+    assert abs(forth - back) < 1e-10 * abs(forth), (forth, back)
+
+
+def test_filter_is_not_symmetric_so_the_transpose_matters():
+    lattice, one = PermutohedralLattice(features(100, 5)), np.eye(100)
+    assert abs(lattice.filter(one) - lattice.filter_transpose(one)).max() > 1e-3
+
+
+def test_weights_are_barycentric():
+    F = features(500, 5, width=3)
+    weights = PermutohedralLattice(F).slice
+    assert weights.data.min() >= -1e-12
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_diagonal_is_exact_where_no_neighbour_is_missing(d):
+    rng = np.random.default_rng(0)
+    F = rng.uniform(-2.5, 2.5, (20000 * d, d))
+    inner = np.flatnonzero((abs(F) < 0.2).all(axis=1))[:10]
+    one = np.zeros((len(F), len(inner)))
+    one[inner, np.arange(len(inner))] = 1
+    lattice = PermutohedralLattice(F)
+    K = lattice.filter(one)                                              # columns `inner` of K
+    assert len(inner) > 1
+    np.testing.assert_allclose(lattice.diagonal[inner], K[inner, np.arange(len(inner))], rtol=1e-12)
+
+
+def test_filter_approximates_the_gaussian():
+    y, x = np.mgrid[:40, :40]
+    F = np.stack([x.ravel(), y.ravel()], axis=1) / 4.0
+    values = np.random.default_rng(1).standard_normal((1600, 2)) + 1
+    lattice = PermutohedralLattice(F)
+    got = lattice.filter(values) / lattice.filter(np.ones((1600, 1)))
+    K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
+    expected = K @ values / K.sum(axis=1, keepdims=True)
+    assert np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()) < 0.02
+
+
+def test_inner_and_scaled_are_what_they_say():
+    lattice = PermutohedralLattice(features(100, 3))
+    a, b, s = features(100, 4, seed=1), features(100, 4, seed=2), features(100, 1, seed=3)[:, 0]
+    np.testing.assert_allclose(lattice.inner(a, b), (a * lattice.filter(b)).sum())
+    scaled = lattice.scaled(s)
+    np.testing.assert_allclose(scaled.filter(b), s[:, None] * lattice.filter(s[:, None] * b))
+    np.testing.assert_allclose(scaled.diagonal, s * s * lattice.diagonal)
+
+
+def test_gathering_rows_gives_the_same_rows():
+    lattice, b = PermutohedralLattice(features(100, 3)), features(100, 4)
+    v = lattice.spread(b)
+    for rows in (slice(0, 30), slice(30, 100), slice(0, 30)):
+        np.testing.assert_array_equal(lattice.gather(v, rows), lattice.filter(b)[rows])
+
+
+def test_float32_stays_float32_and_close_to_float64():
+    F, values = features(300, 5, width=3), features(300, 2, seed=1)
+    lattice = PermutohedralLattice(F.astype(np.float32))
+    got = lattice.filter(values.astype(np.float32))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, PermutohedralLattice(F).filter(values), atol=1e-4)
+
+
+def test_float32_features_far_apart_keep_their_weights():
+    F = (features(300, 3) * 1e5).astype(np.float32)
+    weights = PermutohedralLattice(F).slice
+    assert weights.data.min() >= -1e-6 and weights.data.max() <= 1 + 1e-6
+
+
+def test_the_same_simplices_and_points_are_shared():
+    F = np.repeat(features(10, 5), 30, axis=0)
+    assert PermutohedralLattice(F).slice.shape[1] <= 10 * 6
+
+
+@pytest.mark.parametrize("bad, message", [
+    (np.zeros(5), r"features: found shape \(5,\), expected \(N, d\)"),
+    (np.zeros((0, 2)), "features: found shape"),
+    (np.full((3, 2), np.nan), "features: found magnitude nan"),
+    (np.full((3, 2), 1e12), r"features: found magnitude 1e\+12"),
+])
+def test_bad_features_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        PermutohedralLattice(bad)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (5,)])
+def test_values_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"values: found shape \(.*, expected \(5, any\)"):
+        PermutohedralLattice(features(5, 2)).filter(np.zeros(shape))
