@@ -16,7 +16,7 @@ from minicrf.arrays import gpu_available
 
 STAGES = ("unary", "piecewise", "joint")
 # Paper silent on iterations.  The toy set is small enough for a laptop; on VOC as DeepLab trained.
-TOY = dict(iterations={"unary": 400, "piecewise": 40, "joint": 40}, batch_size=16, rate=2.0,
+TOY = dict(iterations={"unary": 500, "piecewise": 30, "joint": 30}, batch_size=16, rate=2.0,
            evaluate_every=50)
 VOC = dict(iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
            rate=1.0, evaluate_every=200)
@@ -37,10 +37,10 @@ def parse_arguments(arguments=None):
     add("--stage", choices=(*STAGES, "eval", "predict"),
         help="unary: the network alone; joint: network and CRF, from the unary checkpoint; "
         "piecewise: the CRF alone; eval: Table 1; predict: --image (default: unary, then joint)")
-    add("--weights", metavar="FILE", help="unary: ImageNet weights (.npz, .mat, .safetensors), or a "
-        "checkpoint to train further; other stages: the checkpoint to start from "
+    add("--weights", metavar="FILE", help="unary: ImageNet weights (.npz, .mat, .safetensors) or "
+        "a checkpoint to train further; other stages: the checkpoint to start from "
         "(default: OUT/unary.npz; eval and predict: the last stage in OUT)")
-    add("--net", choices=vgg.PRESETS, help="the network (default: vgg16 with --voc, otherwise tiny)")
+    add("--net", choices=vgg.PRESETS, help="(default: vgg16 with --voc, otherwise tiny)")
     add("--image", metavar="PATH", help="predict: a photograph, or a folder of them")
     add("--out", metavar="DIR", default="runs", help="where everything is written (default: runs)")
     add("--resume", action="store_true", help="go on where OUT/STAGE.npz stopped")
@@ -48,8 +48,8 @@ def parse_arguments(arguments=None):
         help="(default: a GPU where there is one)")
 
     add = parser.add_argument_group("how to train").add_argument
-    add("--iterations", type=positive, metavar="N", help="updates in each stage that runs (default: "
-        f"toy {TOY['iterations']}, VOC {VOC['iterations']})".replace("'", ""))
+    add("--iterations", type=positive, metavar="N", help="updates in each stage that runs "
+        f"(default: toy {TOY['iterations']}, VOC {VOC['iterations']})".replace("'", ""))
     add("--batch-size", type=positive, metavar="N", help="images in an update (default: "
         f"{VOC['batch_size']}; toy {TOY['batch_size']})")
     add("--micro-batch", type=positive, metavar="N",
@@ -61,7 +61,7 @@ def parse_arguments(arguments=None):
     add("--evaluate-every", type=positive, metavar="N", help="iterations between evaluations")
     add("--evaluate-images", type=positive, metavar="K",
         help="validation images for the curve (default: all; results are always on all)")
-    add("--seed", type=int, default=0, help="of weights, data order, dropout and toy set (default: 0)")
+    add("--seed", type=int, default=0, help="of weights, order, dropout, toy set (default: 0)")
 
     add = parser.add_argument_group("where the CRF starts").add_argument
     add("--w", type=float, nargs=2, default=(3, 10), metavar=("POSITION", "BILATERAL"),
@@ -74,7 +74,7 @@ def parse_arguments(arguments=None):
     add("--also", metavar="DIR", nargs="+", default=[],
         help="more --out folders to compare with in the table, such as a control's")
     add("--train-list", action="store_true", help="evaluate on the training list as well")
-    add("--save-predictions", action="store_true", help="palette PNGs, as the VOC server takes them")
+    add("--save-predictions", action="store_true", help="palette PNGs, as VOC's server takes them")
     add("--band", type=positive, metavar="PIXELS", default=5,
         help="also IoU this near to class boundaries (default: 5)")
     args = parser.parse_args(arguments)
@@ -113,7 +113,7 @@ class Data:
 
 
 def unary_model(args, data, device):
-    """(model, fresh layers) for the unary stage: from ImageNet, from a checkpoint, or as drawn."""
+    """(model, fresh layers) for the unary stage: from ImageNet, a checkpoint, or as drawn."""
     net = vgg.build(args.net, len(data.classes), seed=args.seed)
     every = [name for name in net.layers if f"{name}_w" in net.params]
     mean, fresh = weights.MEAN, every
@@ -121,9 +121,9 @@ def unary_model(args, data, device):
         values = weights.read_weights(args.weights)
         fresh, mean = weights.fill(net, values, args.weights), values["mean"]
     loaded = [name for name in every if name not in fresh]
-    print(f"--net {args.net}: loaded {', '.join(loaded)} from {args.weights}" if loaded else
-          f"--net {args.net}: no weights given", end="; ")
-    print(f"freshly initialised: {(', '.join(fresh) or 'none') if loaded else 'all layers'}")
+    print(f"--net {args.net}: " + (f"{', '.join(loaded)} loaded from {args.weights}; " if loaded
+                                   else "no weights given; ")
+          + f"freshly initialised: {(', '.join(fresh) or 'none') if loaded else 'all layers'}")
     vgg.move(net, device)
     model = training.Model(net, mean, device=device)
     vgg.scale_fresh(net, fresh, model.inputs([image for image, _ in data.samples(data.train[:4])]))
@@ -162,7 +162,7 @@ def unary_checkpoint(args):
 
 
 def run_stage(args, data, stage, device):
-    """Train one stage, evaluate it on the whole validation list, report.  False when interrupted."""
+    """Train one stage and evaluate it on the whole validation list; False when interrupted."""
     path = os.path.join(args.out, f"{stage}.npz")
     settings = {name: getattr(args, name) for name in ("batch_size", "micro_batch", "rate", "drop")}
     start = 0
@@ -273,7 +273,9 @@ def report(args, data):
     columns, confusions = {}, {}
     for out in [args.out, *args.also]:
         for stage, entry in read_results(out).items():
-            name = stage if out == args.out else f"{stage} ({os.path.basename(os.path.normpath(out))})"
+            name = stage
+            if out != args.out:
+                name += f" ({os.path.basename(os.path.normpath(out))})"
             columns[name] = entry
             path = os.path.join(out, f"{stage}_val.npz")
             if os.path.exists(path):
@@ -294,7 +296,8 @@ def report(args, data):
                      f"{high:+.2f}, above 0 in {100 * share:.1f}% of bootstrap samples\n")
     with_train = {name: columns[name]["train"] for name in order if "train" in columns[name]}
     if with_train:
-        text += f"\nTraining list, {len(data.train)} images\n" + figures.table(with_train, data.classes)
+        text += f"\nTraining list, {len(data.train)} images\n"
+        text += figures.table(with_train, data.classes)
     write(os.path.join(args.out, "table.txt"), text)
     print(text, end="")
     figures.curves(os.path.join(args.out, "curves.png"),
@@ -302,7 +305,7 @@ def report(args, data):
 
 
 def draw_panels(args, data, device, rows=4):
-    """panels/best.png and worst.png: the validation images that the last stage did best and worst."""
+    """panels/best.png and worst.png: the validation images the last stage did best and worst."""
     stages = [stage for stage in STAGES if os.path.exists(os.path.join(args.out, f"{stage}.npz"))
               and os.path.exists(os.path.join(args.out, f"{stage}_val.npz"))]
     if not stages:
@@ -353,12 +356,12 @@ def evaluate_checkpoints(args, data, device):
 def predict(args, device):
     """Stage predict: label PNG, overlay PNG and class summary for photographs."""
     if not args.image:
-        raise ValueError("--image: found nothing, expected a photograph or a folder for --stage predict")
+        raise ValueError("--image: found nothing, expected a photograph or a folder of them")
     paths = [args.weights] if args.weights else [
         path for stage in reversed(STAGES)
         if os.path.exists(path := os.path.join(args.out, f"{stage}.npz"))]
     if not paths:
-        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected one named with --weights")
+        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected one, or --weights")
     model, _, info = load_model(paths[0], None, device)
     folder = os.path.join(args.out, "predictions")
     os.makedirs(folder, exist_ok=True)
@@ -388,7 +391,7 @@ def predict(args, device):
 def run(args):
     """What the command line asks for; returns the exit code."""
     if args.device == "gpu" and not gpu_available():
-        raise ValueError("--device: found gpu, but cupy finds no CUDA device here; expected cpu or auto")
+        raise ValueError("--device: found gpu, but cupy finds no CUDA device; expected cpu or auto")
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     if args.stage == "predict":
         predict(args, device)

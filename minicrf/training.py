@@ -101,7 +101,7 @@ def evaluate(model, samples, n_classes, band=5):
 
 
 def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
-              rate_top=0.01, rate_loaded=0.001, rate_w=1.0, rate_sigma=0.1):
+              rate_top=0.01, rate_loaded=0.001, rate_w=0.3, rate_sigma=0.02):
     """Momentum SGD with the paper's rates for a stage.
 
     rate_top: fc8 and the layers named in `fresh`; rate_loaded: all others (both of the paper).

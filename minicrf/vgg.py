@@ -14,7 +14,7 @@ PRESETS = {
                   dropout=0.5),
     "largefov": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(3, 12), fc=1024,
                      dropout=0.5),
-    "tiny": dict(input_size=98, channels=(8, 16, 24, 32, 32), fc6=(3, 3), fc=64, dropout=0),
+    "tiny": dict(input_size=98, channels=(16, 24, 32, 48, 48), fc6=(3, 3), fc=96, dropout=0),
 }
 CONVOLUTIONS = (2, 2, 3, 3, 3)                # convolutions in each of the five blocks
 POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),

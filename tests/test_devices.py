@@ -1,0 +1,353 @@
+"""The same code on device arrays: each piece against NumPy, on CuPy where there is a GPU.
+
+It always runs on a strict stand-in for CuPy too, which also counts what makes the host wait.
+Pictures have even sides: on odd ones the middle pixel lies where simplices of the lattice meet, and
+which of them it falls into is a matter of rounding.
+"""
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import strict_cupy
+
+import minicrf
+from minicrf import DenseCRF, arrays, checkpoints, layers, losses, metrics, training, vgg
+from minicrf.arrays import array_module, gpu_available, to_device, to_host
+from minicrf.densecrf import scores_from_labels, scores_from_probabilities
+from minicrf.kernels import GaussianKernel
+from minicrf.losses import VOID
+from minicrf.optim import SGD
+from minicrf.permutohedral import PermutohedralLattice
+
+REAL = gpu_available()
+TOLERANCE = {np.dtype(np.float64): 1e-10, np.dtype(np.float32): 1e-4}
+N_CLASSES = 4
+
+dtypes = pytest.mark.parametrize("dtype", [np.float64, np.float32])
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The package finds the stand-in where it looks for CuPy; yields its counts, at zero."""
+    monkeypatch.setattr(arrays, "cupy", strict_cupy.cupy)
+    monkeypatch.setattr(arrays, "cupyx", strict_cupy.cupyx, raising=False)
+    strict_cupy.counts.clear()
+    return strict_cupy.counts
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cupy", marks=pytest.mark.skipif(
+    not REAL, reason="no CUDA device with cupy"))])
+def xp(request):
+    """Each module of device arrays that can be had."""
+    if request.param == "stand-in":
+        request.getfixturevalue("stand_in")
+    return arrays.cupy
+
+
+def gpu(x):
+    return to_device(x, "gpu")
+
+
+def match(found, expected):
+    """A device array equals a NumPy array, relative to the largest value, in the same dtype."""
+    assert array_module(found) is not np
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    close(to_host(found), expected)
+
+
+def close(found, expected):
+    error = np.abs(found - expected).max(initial=0)
+    assert error <= TOLERANCE[expected.dtype] * np.abs(expected).max(initial=1e-30)
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+# The stand-in itself.
+
+@pytest.mark.parametrize("slip", [
+    lambda x: x + np.ones(3), lambda x: np.ones(3) + x, lambda x: x < np.ones(3),
+    lambda x: x.__iadd__(np.ones(3)), lambda x: x @ np.ones(3), lambda x: x + [1, 2, 3],
+    lambda x: x[np.array([0, 1])], lambda x: x[[0, 1]], lambda x: x[np.ones(3, bool)],
+    lambda x: x.__setitem__(slice(None), np.ones(3)), lambda x: x + np.array(1.0),
+    lambda x: np.asarray(x), lambda x: np.exp(x), lambda x: np.stack([x]), lambda x: np.sum(x),
+    lambda x: x.max(initial=0), lambda x: x.sum(where=x > 0), hash, range,
+    lambda x: setattr(x, "name", 1), lambda x: array_module(x).exp(np.ones(3)),
+    lambda x: array_module(x).where(np.ones(3, bool), x, 0), lambda x: array_module(x).errstate(),
+    lambda x: array_module(x).concatenate([x, np.ones(3)])])
+def test_the_stand_in_refuses_what_belongs_to_numpy(stand_in, slip):
+    x = gpu(np.ones(3))
+    with pytest.raises((TypeError, AttributeError)):
+        slip(x)
+
+
+def test_the_stand_in_takes_scalars_and_counts(stand_in):
+    x = gpu(np.arange(3.0))
+    assert stand_in == {"send": 1}
+    y = np.float64(2) * (x + 1) / np.float32(2) - 3
+    assert stand_in == {"send": 1}
+    assert y.tolist() == [-2, -1, 0] and float(y[0]) == -2 and bool((y < 1).all())
+    assert len(x[x > 0]) == 2
+    assert stand_in == {"send": 1, "wait": 4}
+
+
+def test_the_stand_in_offers_only_what_cupy_has():
+    cupy = pytest.importorskip("cupy")          # imports without a device
+    sparse = pytest.importorskip("cupyx.scipy.sparse")
+    assert [name for name in vars(strict_cupy.cupy) if not hasattr(cupy, name)] == []
+    for mine, theirs in ((strict_cupy.ndarray, cupy.ndarray),
+                         (strict_cupy.csr_matrix, sparse.csr_matrix),
+                         (strict_cupy.Generator, cupy.random.Generator)):
+        offered = {name for name in vars(mine) if not name.startswith("_")}
+        # data, indices, indptr and shape are set when one is made
+        assert {name for name in offered if not hasattr(theirs, name)} == set()
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+
+
+def test_the_package_uses_only_what_the_stand_in_offers():
+    package = pathlib.Path(minicrf.__file__).parent
+    text = "\n".join(file.read_text("utf-8") for file in package.glob("*.py"))
+    used = set(re.findall(r"\b(?:xp|array_module\(\w+\))\.([a-z]\w+)", text))
+    assert {"maximum", "unique"} < used <= set(vars(strict_cupy.cupy))
+
+
+def test_data_come_back_as_they_went(xp):
+    x = normal(3, 4)
+    there = gpu(x)
+    assert array_module(there) is xp and gpu(there) is there
+    x_before, x[:] = x.copy(), 0                # the device has a copy of its own
+    assert np.array_equal(to_host(there), x_before)
+    assert to_device([1, 2], "gpu").shape == (2,) and gpu_available()
+
+
+# The network.
+
+def conv(*args, dtype):
+    return layers.Conv2d(2, 3, *args, rng=np.random.default_rng(0), dtype=dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("make, shape, size", [
+    (lambda dtype: conv(3, 1, 1, dtype=dtype), (2, 2, 5, 6), ()),
+    (lambda dtype: conv(3, 2, 2, dtype=dtype), (2, 2, 5, 6), ()),
+    (lambda dtype: conv(1, dtype=dtype), (2, 2, 5, 6), ()),
+    (lambda _: layers.ReLU(), (2, 3, 4, 5), ()),
+    (lambda _: layers.MaxPool2d(2, 2, 1, (1, 1)), (2, 2, 5, 6), ()),
+    (lambda _: layers.MaxPool2d(2, 1, 2, (0, 1)), (2, 2, 5, 6), ()),
+    (lambda _: layers.BilinearUpsample(8, 0.5, 24), (3, 3, 3), ((7, 5),))],
+    ids=["conv", "conv with holes", "conv 1x1", "relu", "pool", "pool with holes", "upsample"])
+def test_layer(xp, make, shape, size, dtype):
+    results = []
+    for device in ("cpu", "gpu"):
+        layer = make(dtype)
+        vgg.move(layers.Sequential({"layer": layer}), device)
+        x = to_device(normal(*shape, dtype=dtype), device)
+        y = layer.forward(x, *size, train=True)
+        dx = layer.backward(to_device(normal(*y.shape, dtype=dtype, seed=1), device))
+        results.append([y, dx, *layer.grads.values()])
+    for expected, found in zip(*results, strict=True):
+        match(found, expected)
+
+
+def test_dropout(xp):
+    """Masks differ between devices, and are the same for the same seed."""
+    layer, ones = layers.Dropout(0.25), np.ones((40, 50), np.float32)
+    layer.seed = 3, 1, 4
+    y, again = (to_host(layer.forward(gpu(ones), train=True)) for _ in range(2))
+    assert np.array_equal(y, again) and set(np.unique(y)) == {0, np.float32(4 / 3)}
+    assert abs((y > 0).mean() - 0.75) < 0.05
+    assert np.array_equal(to_host(layer.backward(gpu(ones))), y)
+    layer.seed = 3, 1, 5
+    assert not np.array_equal(to_host(layer.forward(gpu(ones), train=True)), y)
+
+
+@dtypes
+def test_losses(xp, dtype):
+    z = 3 * normal(20, N_CLASSES, dtype=dtype)
+    labels = np.random.default_rng(1).integers(0, N_CLASSES, 20).astype(np.uint8)
+    labels[::7] = VOID
+    for expected, found in zip(losses.softmax_loss(z, labels),
+                               losses.softmax_loss(gpu(z), gpu(labels)), strict=True):
+        match(found, np.asarray(expected))
+    match(losses.softmax(gpu(z)), losses.softmax(z))
+
+
+@dtypes
+def test_sgd(xp, dtype):
+    results = []
+    for device in ("cpu", "gpu"):
+        p, g = (to_device(normal(3, 4, dtype=dtype, seed=seed), device) for seed in (0, 1))
+        optimiser = SGD({"p": p}, {"p": g}, {"p": 0.1}, {"p": 5e-4})
+        optimiser.step()
+        g += p
+        optimiser.step()
+        results.append([p, g, optimiser.velocity["p"]])
+    for expected, found in zip(*results):
+        match(found, expected)
+
+
+# The CRF.
+
+@dtypes
+@pytest.mark.parametrize("d", [2, 5])
+def test_lattice(xp, d, dtype):
+    features, values = normal(60, d, dtype=dtype), normal(60, 3, dtype=dtype, seed=1)
+    weights = (0.5 + np.random.default_rng(2).random(60)).astype(dtype)
+    mine, theirs = PermutohedralLattice(gpu(features)), PermutohedralLattice(features)
+    for mine, theirs in ((mine, theirs), (mine.scaled(gpu(weights)), theirs.scaled(weights))):
+        for _ in range(2):                      # the second product finds the matrices sorted
+            match(mine.filter(gpu(values)), theirs.filter(values))
+            match(mine.filter_transpose(gpu(values)), theirs.filter_transpose(values))
+        match(mine.diagonal, theirs.diagonal)
+
+
+@dtypes
+@pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
+@pytest.mark.parametrize("normalization", ["symmetric", "none"])
+def test_kernel(xp, normalization, exact, dtype):
+    features, sigma = 20 * normal(5, 48, dtype=dtype), np.array([11., 12., 30., 31., 32.])
+    a, b = normal(48, 3, dtype=dtype, seed=1), normal(48, 3, dtype=dtype, seed=2)
+    outer, product = normal(48, dtype=dtype, seed=3), normal(48, dtype=dtype, seed=4)
+    cross = normal(5, dtype=dtype, seed=5)
+    mine, theirs = (GaussianKernel(F, sigma, normalization, exact=exact)
+                    for F in (gpu(features), features))
+    match(mine.apply(gpu(b)), theirs.apply(b))
+    match(mine.apply_transpose(gpu(a)), theirs.apply_transpose(a))
+    match(mine.shape_gradient(gpu(outer), gpu(cross), gpu(product)),
+          theirs.shape_gradient(outer, cross, product))
+
+
+@dtypes
+@pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
+def test_dense_crf(xp, exact, dtype):
+    """Marginals, the scores' gradient by both ways back, all nine parameters' gradients, energy."""
+    H, W = 8, 10
+    f = normal(H, W, N_CLASSES, dtype=dtype)
+    image = np.random.default_rng(1).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    dz, dq = (normal(H, W, N_CLASSES, dtype=dtype, seed=seed) for seed in (2, 3))
+    results = []
+    for device in ("cpu", "gpu"):
+        crf = DenseCRF(N_CLASSES, w=(1.5, 2.), sigma_position=(2., 2.5),
+                       sigma_bilateral=(6., 7., 50., 60., 70.), exact=exact)
+        scores, picture = to_device(f, device), to_device(image, device)
+        q = crf.forward(scores, picture)
+        back = crf.backward_logits(to_device(dz, device)), crf.backward(to_device(dq, device))
+        results.append(([q, crf.logits, *back], crf.grads, crf.free_energy(q, scores, picture)))
+    (expected, expected_grads, expected_energy), (found, grads, energy) = results
+    for a, b in zip(found, expected):
+        match(a, b)
+    for key, gradient in grads.items():         # they stay on the host, in float64
+        tolerance = TOLERANCE[np.dtype(dtype)] * np.abs(expected_grads[key]).max()
+        assert np.abs(gradient - expected_grads[key]).max() <= tolerance, key
+    assert abs(energy - expected_energy) <= TOLERANCE[np.dtype(dtype)] * abs(expected_energy)
+
+
+def test_scores(xp):
+    labels = np.random.default_rng(0).integers(0, N_CLASSES, (5, 6))
+    scores = scores_from_labels(labels, N_CLASSES, 0.7, unknown=1)
+    match(scores_from_labels(gpu(labels), N_CLASSES, 0.7, unknown=1), scores)
+    p = losses.softmax(scores)
+    match(scores_from_probabilities(gpu(p)), scores_from_probabilities(p))
+
+
+# Training.
+
+def model_and_batch(device, crf=True, size=(8, 10), n_classes=N_CLASSES, dtype=np.float32):
+    """A tiny model, started from data as run_voc.py does, and three labelled random pictures."""
+    rng = np.random.default_rng(0)
+    batch = []
+    for i in range(3):
+        shape = size[0] + 2 * i, size[1]
+        labels = rng.integers(0, n_classes, shape).astype(np.uint8)
+        labels[rng.random(shape) < 0.1] = VOID
+        batch.append((rng.integers(0, 256, (*shape, 3), dtype=np.uint8), labels))
+    net = vgg.build("tiny", n_classes, dropout=0.0, dtype=dtype)
+    refine = DenseCRF(n_classes, w=(1.5, 2.), sigma_position=(2., 2.5),
+                      sigma_bilateral=(6., 7., 50., 60., 70.), iterations=3) if crf else None
+    model = training.Model(net, (100., 110., 120.), refine, device)
+    vgg.move(net, device)
+    names = [name for name in net.layers if f"{name}_w" in net.params]
+    vgg.scale_fresh(net, names, model.inputs([image for image, _ in batch]))
+    net["fc8"].params["w"] *= 30                # scores that matter to the loss
+    return model, batch
+
+
+@dtypes
+@pytest.mark.parametrize("stage", ["unary", "joint", "piecewise"])
+def test_training_steps(xp, stage, dtype):
+    results = []
+    for device in ("cpu", "gpu"):
+        model, batch = model_and_batch(device, crf=stage != "unary", dtype=dtype)
+        optimiser = training.optimizer(model, stage, [], rate_w=0.1)
+        start = {key: to_host(p).copy() for key, p in optimiser.params.items()}
+        each = [float(training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2))
+                for iteration in (1, 2)]
+        results.append((each, {key: to_host(p) for key, p in optimiser.params.items()}))
+    (expected_losses, expected), (found_losses, found) = results
+    assert np.allclose(found_losses, expected_losses, rtol=TOLERANCE[np.dtype(dtype)])
+    for key, p in expected.items():
+        assert not np.array_equal(p, start[key]), key
+        close(found[key], p)
+
+
+def test_evaluation(xp):
+    expected, found = (training.evaluate(*model_and_batch(device), N_CLASSES)
+                       for device in ("cpu", "gpu"))
+    assert expected.keys() == found.keys() == {"unary", "crf", "unary_band", "crf_band"}
+    for key, counts in expected.items():        # one near tie may fall the other way
+        assert np.abs(found[key] - counts).sum() <= 2, key
+
+
+def test_confusion_matrix(xp):
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, N_CLASSES, (2, 7, 9)).astype(np.uint8)
+    labels[0] = VOID
+    found = metrics.confusion_matrix(gpu(labels), gpu(predictions), N_CLASSES)
+    expected = metrics.confusion_matrix(labels, predictions, N_CLASSES)
+    assert np.array_equal(to_host(found), expected) and found.dtype == expected.dtype
+    assert metrics.mean_iou(found) == metrics.mean_iou(expected)
+    with pytest.raises(ValueError, match="predictions: found 9 to 9, expected 0 to 3"):
+        metrics.confusion_matrix(gpu(labels), gpu(np.full_like(labels, 9)), N_CLASSES)
+
+
+def test_checkpoints(xp, tmp_path):
+    path = str(tmp_path / "joint.npz")
+    model, batch = model_and_batch("gpu")
+    optimiser = training.optimizer(model, "joint", [])
+    training.train_step(model, optimiser, batch, 0, 1)
+    checkpoints.save(path, model, dict(stage="joint", classes=list("abcd"), iteration=1), optimiser)
+    content, info = checkpoints.read(path)
+    net, crf = checkpoints.load_net(path, content, info), checkpoints.load_crf(path, content, info)
+    vgg.move(net, "gpu")
+    again = training.Model(net, content["mean"], crf, "gpu")
+    resumed = training.optimizer(again, "joint", [])
+    checkpoints.load_velocity(path, content, resumed)
+    for key, p in optimiser.params.items():
+        assert np.allclose(to_host(resumed.params[key]), to_host(p), rtol=1e-15), key
+        assert np.array_equal(to_host(resumed.velocity[key]), to_host(optimiser.velocity[key]))
+
+
+# What makes the host wait.
+
+def events(counts, **options):
+    """What one joint training step counts, with the position kernels already built."""
+    model, batch = model_and_batch("gpu", **options)
+    optimiser = training.optimizer(model, "joint", [], rate_sigma=0)
+    training.train_step(model, optimiser, batch, 0, 1)
+    counts.clear()
+    training.train_step(model, optimiser, batch, 0, 2)
+    return dict(counts)
+
+
+def test_transfers_do_not_grow_with_pixels_or_labels(stand_in):
+    few = events(stand_in)
+    assert few == events(stand_in, size=(16, 22)) == events(stand_in, n_classes=7)
+
+
+def test_a_training_step_seldom_waits(stand_in):
+    found = events(stand_in)
+    images = 3
+    assert found["send"] <= 20 * images
+    assert found["wait"] + found.get("sort", 0) <= 120 * images
