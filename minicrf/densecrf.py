@@ -28,8 +28,8 @@ class DenseCRF:
     sigma_bilateral: widths (x, y, colour...), pixels and colour units, one for each channel of the
         images; None leaves this kernel out, and its entry of w.
     iterations: T.
-    normalization: "symmetric" or "none"; exclude_self: j != i as in Eq. 5 (public dense-CRF libraries
-        include j = i: False gives what they compute).
+    normalization: "symmetric" or "none".
+    exclude_self: j != i as in Eq. 5.  False gives what public dense-CRF libraries compute.
     exact: brute-force kernels, O(N^2), instead of the permutohedral lattice.
 
     params, grads: dicts of float64 NumPy arrays "w" (M,), "log_sigma_position" (2,),
@@ -42,7 +42,8 @@ class DenseCRF:
                  sigma_bilateral=(80., 80., 13., 13., 13.), iterations=5,
                  normalization="symmetric", exclude_self=True, exact=False):
         if normalization not in ("symmetric", "none"):
-            raise ValueError(f"normalization: found {normalization!r}, expected 'symmetric' or 'none'")
+            raise ValueError(f"normalization: found {normalization!r}, "
+                             "expected 'symmetric' or 'none'")
         if n_labels < 1 or iterations < 0:
             raise ValueError(f"found n_labels {n_labels} and iterations {iterations}, "
                              "expected at least 1 and at least 0")
@@ -64,8 +65,9 @@ class DenseCRF:
             sigma = np.array(sigmas[name], dtype=np.float64).ravel()
             right_length = len(sigma) == 2 if name == "sigma_position" else len(sigma) > 2
             if not right_length or not (np.isfinite(sigma) & (sigma > 0)).all():
-                raise ValueError(f"{name}: found {sigma.tolist()}, expected positive widths for x, y"
-                                 + (" and each channel" if name == "sigma_bilateral" else ""))
+                channels = " and each channel" if name == "sigma_bilateral" else ""
+                raise ValueError(f"{name}: found {sigma.tolist()}, "
+                                 f"expected positive widths for x, y{channels}")
             self.params["log_" + name] = np.log(sigma)
         self.grads = {name: np.zeros_like(value) for name, value in self.params.items()}
         self._position_kernels = OrderedDict()
@@ -74,10 +76,11 @@ class DenseCRF:
     def forward(self, scores, image, train=True):
         """Marginals q (H, W, L) of scores f (H, W, L) on an image (H, W, C): Eq. 5.
 
-        scores: float32 or float64, larger is likelier; -inf forbids a label.  image: uint8 or float,
-        channels in the order of sigma_bilateral (RGB, 0-255, for the defaults).  Neither is written to.
-        train=False keeps nothing for backward: less memory, the same result.
-        Raises ValueError for NaN or +inf, a pixel with every label forbidden, and shapes that disagree.
+        scores: float32 or float64, larger is likelier; -inf forbids a label.
+        image: uint8 or float, channels in the order of sigma_bilateral; RGB 0-255 for the defaults.
+        train: keep what backward needs.  False saves memory and gives the same result.
+        Raises ValueError for NaN or +inf, a pixel with every label forbidden, or shapes that
+        disagree.  Neither array is written to.
         """
         xp = array_module(scores)
         best = _check(scores, image, self.n_labels).reshape(-1, 1)           # (N, 1)
@@ -129,18 +132,25 @@ class DenseCRF:
         self_weight = _self_weight(w, kernels, dz)                           # (N, 1)
         weighted = [kernel.weighted() for kernel in kernels]
         # what the gradients of w and sigma are linear in, summed over steps and labels
-        forth = xp.zeros((len(kernels), len(dz)), dtype=dz.dtype)            # (M, N): dz (K_hat q)
-        back = xp.zeros_like(forth)                                          # (M, N): q (K_hat^T dz)
+        forth = xp.zeros((len(kernels), len(dz)), dtype=dz.dtype)            # (M, N): dz K_hat q
+        back = xp.zeros_like(forth)                                          # (M, N): q K_hat^T dz
         product = xp.zeros_like(dz[:, 0])                                    # (N,): dz q
         cross = [0] * len(kernels)                                           # M times (d,)
         df = xp.zeros_like(dz)
 
         for q in reversed(steps):
             # forward: z^t = f + sum_m w_m K_m q^(t-1)
-            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], threads)
-            spread_back = _run([partial(kernel.K_hat.spread_transpose, dz) for kernel in kernels], threads)
+            tasks = []
+            for kernel, filters in zip(kernels, weighted):
+                tasks.append(partial(kernel.K_hat.spread, q))
+                tasks.append(partial(kernel.K_hat.spread_transpose, dz))
+                tasks += [partial(G.inner, dz, q) for G in filters]
+            results = iter(_run(tasks, threads))
+            spread, spread_back = [], []
             for m, filters in enumerate(weighted):
-                cross[m] += xp.stack(_run([partial(G.inner, dz, q) for G in filters], threads))
+                spread.append(next(results))
+                spread_back.append(next(results))
+                cross[m] += xp.stack([next(results) for _ in filters])
             dz_before = xp.empty_like(dz)
 
             def update(rows):
@@ -166,12 +176,12 @@ class DenseCRF:
         return df.reshape(self.logits.shape)                                 # (H, W, L)
 
     def free_energy(self, q, scores, image):
-        """KL(q || P), up to the constant log Z, of marginals q (H, W, L): what mean field minimises.
+        """KL(q || P) of marginals q (H, W, L), less the constant log Z: what mean field lowers.
 
             sum_il q (log q - f)  -  1/2 sum_m w_m sum_(i != j) k_m(i,j) <q_i, q_j>
 
-        For watching convergence.  The parallel update of Eq. 5 does not promise to lower it at every
-        step, and can swing between two states.  j != i, whatever exclude_self says.  A float.
+        A float, to watch convergence by.  The parallel update of Eq. 5 does not promise to lower it
+        at each step: it can swing between two states.  j != i, whatever exclude_self says.
         """
         _check(scores, image, self.n_labels)
         xp = array_module(scores)
@@ -224,8 +234,8 @@ class DenseCRF:
 def scores_from_probabilities(p, floor=1e-6):
     """Scores log p for DenseCRF from class probabilities p (..., L), floats, in p's dtype.
 
-    floor: probabilities below it count as it, since a 0 from rounding would forbid a label for good;
-    floor=0 keeps them as -inf.  Raises ValueError where p is negative, NaN or no float.
+    floor: smaller probabilities are raised to it, since a 0 from rounding would forbid a label for
+    good; floor=0 keeps it as -inf.  Raises ValueError where p is negative, NaN or no float.
     """
     xp = array_module(p)
     if p.dtype.kind != "f" or not bool((p >= 0).all()):
@@ -239,8 +249,8 @@ def scores_from_labels(labels, n_labels, confidence, unknown=VOID, dtype=np.floa
     """Scores (H, W, L) for DenseCRF from a label map (H, W) of integers in 0..L-1.
 
     confidence: probability, 0 < confidence < 1, that a pixel's given label is the right one; the
-    others share the rest evenly.  unknown: the value of pixels with no label, for which all labels are
-    alike; None if there are none.
+    others share the rest evenly.
+    unknown: the value of pixels with no label, for which all are alike; None if there are none.
     Raises ValueError where confidence or a label is out of range.
     """
     xp = array_module(labels)

@@ -1,4 +1,4 @@
-"""Gaussian kernels of the dense CRF, Eq. 9: filter, transpose, and derivative by the kernel's width.
+"""Gaussian kernels of the dense CRF, Eq. 9: filter, transpose, derivative by the kernel's width.
 
     k(i,j) = exp(-|F_i - F_j|^2 / 2),  F = p / sigma,  for j != i;  symmetric: K^ = D^-1/2 K D^-1/2
 Legend: N pixels, L labels, d feature dimensions.
@@ -21,8 +21,8 @@ class GaussianKernel:
     exclude_self: subtract the filter's own diagonal, kappa_i (over n_i where normalised).
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
 
-    Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; `diagonal` (N,)
-    of K_hat; `self_weight` (N,), what to subtract from it: the diagonal or, without exclude_self, 0.
+    Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; its `diagonal`
+    (N,); `self_weight` (N,), what to subtract: the diagonal or, without exclude_self, zeros.
     """
 
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False):
@@ -39,9 +39,10 @@ class GaussianKernel:
             self.n = None
             self.K_hat = self.K
         else:
-            raise ValueError(f"normalization: found {normalization!r}, expected 'symmetric' or 'none'")
-        self.diagonal = self.K_hat.diagonal                                  # (N,): kappa or kappa/n
-        if self.n is not None:      # n = kappa + the others: kappa > n where lattice neighbours miss
+            raise ValueError(f"normalization: found {normalization!r}, "
+                             "expected 'symmetric' or 'none'")
+        self.diagonal = self.K_hat.diagonal                                  # (N,): kappa, kappa/n
+        if self.n is not None:      # n = kappa + others; kappa > n where neighbours are missing
             self.diagonal = xp.minimum(self.diagonal, 1)
         self.self_weight = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
 
@@ -84,7 +85,7 @@ class GaussianKernel:
 class ExactFilter:
     """K by brute force, O(N^2): the twin of PermutohedralLattice that the tests measure it by.
 
-    features: (N, d), already divided by sigma.  Computes in float64 and returns the features' dtype;
+    features: (N, d), already divided by sigma.  Computes in float64, returns the features' dtype.
     K is symmetric, its diagonal 1.
     """
 

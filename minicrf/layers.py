@@ -77,8 +77,9 @@ def column_blocks(x, kernel, dilation, padding):
 
 
 def correlate(x, w, dilation, padding, b=None):
-    """y[., o, h, v] = b_o + sum over c, i, j of w[o, c, i, j] x[., c, h + i*dilation, v + j*dilation].
+    """y[., o, h, v] = b_o + sum over c, i, j of w[o, c, i, j] x[., c, h + i*delta, v + j*delta].
 
+    delta: the dilation, in cells: 1 for kernels without holes.
     x: (B, C, H, W), padded with `padding` zeros on every side; w: (O, C, k, k); b: (O,) or None.
     Returns y (B, O, H_out, W_out), H_out = H + 2 padding - (k - 1) dilation.
     """
@@ -136,8 +137,8 @@ class Conv2d(Layer):
         if not self.needs_dx:
             return None
 
-        # Input cell c reaches output cell c - tap: dx is dy correlated with the kernel turned by 180
-        # degrees, channels exchanged, padded so that the sizes come out as they went in.
+        # Input cell c reaches output cell c - tap: dx is dy correlated with the kernel turned by
+        # 180 degrees, channels exchanged, padded so that sizes come out as they went in.
         turned = xp.ascontiguousarray(w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))   # (C, O, k, k)
         return correlate(dy, turned, self.dilation,
                          (self.kernel - 1) * self.dilation - self.padding[0])
@@ -170,7 +171,8 @@ class MaxPool2d(Layer):
         self.kernel, self.stride, self.dilation, self.padding = kernel, stride, dilation, padding
 
     def taps(self, padded, H_out, W_out):
-        """The k*k strided views of padded (..., H+p, W+p), each (..., H_out, W_out), in tap order."""
+        """The k*k strided views of padded (..., H+p, W+p), in tap order: each (..., H_out, W_out).
+        """
         for i in range(self.kernel):
             for j in range(self.kernel):
                 y0, x0 = i * self.dilation, j * self.dilation
@@ -245,8 +247,8 @@ class Dropout(Layer):
 class BilinearUpsample(Layer):
     """Scores on the network's cells -> scores at every pixel of the original image.
 
-    step, centre: cell i lies at input pixel step * i + centre (Sequential.alignment); input_size: side
-    of the square that the image was resized to, in pixels.
+    step, centre: cell i lies at input pixel step * i + centre (Sequential.alignment).
+    input_size: side of the square that the image was resized to, in pixels.
     """
 
     def __init__(self, step, centre, input_size):

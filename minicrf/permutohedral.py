@@ -1,7 +1,7 @@
 """The permutohedral lattice: Gaussian filtering in any number of dimensions in O(N) [Adams 2010].
 
 Values are splatted onto the corners of the simplex around each feature, blurred along the lattice's
-d+1 directions and sliced back.  The paper needs it for the messages of Eq. 5 and of its back-tracking.
+d+1 directions and sliced back: the messages of the paper's Eq. 5, and of its back-tracking.
 Legend: N points, d feature dimensions, S distinct simplices, P lattice points, C columns of values.
 """
 import copy
@@ -11,7 +11,7 @@ import numpy as np
 from .arrays import array_module, sparse_module
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
-LARGEST_COORDINATE = 2**28  # in cells: int32 holds them; float64 still resolves a point's place within its cell
+LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
 
 
 class PermutohedralLattice:
@@ -20,8 +20,8 @@ class PermutohedralLattice:
     K = alpha * slice @ B_d @ ... @ B_0 @ splat, with splat = slice^T and B_j the blur along axis j.
     features: (N, d) floats, already divided by sigma: the kernel has unit width in every direction.
     `diagonal` (N,) is K's own diagonal, the DESIGN's kappa: exact where no neighbour is missing.
-    Everything is in the features' dtype.  Raises ValueError where features are not (N, d), not finite,
-    or too far apart for their width.
+    Everything is in the features' dtype.  Raises ValueError where features are not (N, d) or not
+    finite, or too far apart for their width.
     """
 
     def __init__(self, features):
@@ -61,7 +61,7 @@ class PermutohedralLattice:
         return v
 
     def gather(self, v, rows=None):
-        """Slice what was spread, (P, C), at all of the N points or at a slice of them: (rows, C)."""
+        """Slice what was spread, (P, C), at all N points or at a slice of them: (rows, C)."""
         if rows is None:
             return self.slice @ v
         key = rows.start, rows.stop
@@ -98,7 +98,7 @@ def _enclosing_simplices(features):
     that sum to 0; offsets are what is left; ranks sort them, 0 for the largest.
     """
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features: found shape {features.shape}, expected (N, d), neither of them 0")
+        raise ValueError(f"features: found shape {features.shape}, expected (N, d), neither 0")
     xp = array_module(features)
     d = features.shape[1]
     reach = float(abs(features).max())
@@ -221,7 +221,7 @@ def _blur(points, axis, dtype):
 
 
 def _sparse_rows(weights, columns, width):
-    """The sparse (n, width) matrix with weights (n, k) at columns (n, k); columns < 0 are left out."""
+    """The sparse (n, width) matrix of weights (n, k) at columns (n, k), but for columns < 0."""
     xp = array_module(weights)
     n, k = columns.shape
     starts = xp.arange(0, n * k + 1, k, dtype=np.int32)                      # (n+1,)

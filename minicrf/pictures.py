@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")       # none that starts other programs
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 

@@ -105,8 +105,8 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
     """Momentum SGD with the paper's rates for a stage.
 
     rate_top: fc8 and the layers named in `fresh`; rate_loaded: all others (both of the paper).
-    rate_w, rate_sigma: the CRF's weights and log sigmas (paper silent: chosen by trial).  Biases and
-    CRF parameters do not decay.  rate multiplies all.
+    rate_w, rate_sigma: the CRF's weights and log sigmas (paper silent: chosen by trial).
+    Biases and CRF parameters do not decay.  rate multiplies all.
     """
     params, grads, rates, decays = {}, {}, {}, {}
     if stage != "piecewise":
@@ -150,12 +150,13 @@ class Log:
     COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary")
 
     def __init__(self, path, model, stage, start):
-        """Drops the rows of `stage` after iteration `start`: they are about to be computed again."""
+        """Drops the rows of `stage` after iteration `start`: they will be computed again."""
         self.path, self.stage = path, stage
         self.params = model.crf.params if model.crf is not None else {}
         rows = [row for row in read_log(path)
                 if row["stage"] != stage or int(row["iteration"]) <= start]
-        self.columns = list(dict.fromkeys([*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]))
+        columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
+        self.columns = list(dict.fromkeys(columns))
         with open(f"{path}.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
@@ -184,7 +185,8 @@ class Progress:
     """How far training is: a bar on a terminal, otherwise a plain line now and then."""
 
     def __init__(self, stage, start, iterations, batch_size):
-        self.stage, self.start, self.iterations, self.batch_size = stage, start, iterations, batch_size
+        self.stage, self.start = stage, start
+        self.iterations, self.batch_size = iterations, batch_size
         self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
         self.began = self.shown = time.monotonic()
@@ -212,8 +214,8 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
     batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve.
     out: folder of log.csv and of STAGE.npz, the last state, and STAGE_best.npz, that of the best
     mean IoU seen.  info: dict kept in the checkpoints, "seed" among it; sets "iteration" and "best".
-    drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the iteration,
-    saves, and returns False.  Raises FloatingPointError where the loss is no longer finite.
+    drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
+    iteration, saves, and returns False.  Raises FloatingPointError where the loss is not finite.
     """
     path = os.path.join(out, stage)
     log = Log(os.path.join(out, "log.csv"), model, stage, start)
@@ -232,9 +234,10 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
             miou = {}
             if iteration % evaluate_every == 0 or iteration == iterations:
                 miou = validate()
-            log.append(iteration, loss, optimiser.scale,
-                       **{"miou": list(miou.values())[-1], "miou_unary": miou["unary"]} if miou else {})
-            progress.update(iteration, loss, ", ".join(f"{k} mean IoU {v:.2f}" for k, v in miou.items()))
+            curve = {"miou": list(miou.values())[-1], "miou_unary": miou["unary"]} if miou else {}
+            log.append(iteration, loss, optimiser.scale, **curve)
+            note = ", ".join(f"{method} mean IoU {value:.2f}" for method, value in miou.items())
+            progress.update(iteration, loss, note)
             info["iteration"] = iteration
             if miou or stop:
                 better = bool(miou) and list(miou.values())[-1] > info.get("best", -1)

@@ -25,8 +25,9 @@ POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),
 def build(preset, n_classes, seed=0, dropout=None, dtype=np.float32):
     """The network of that preset, freshly initialised: (B, 3, S, S) -> (B, n_classes, h, w) scores.
 
-    dropout: rate behind fc6 and fc7, the preset's own by default.  With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset` and
-    `input_size` (S), both as given by PRESETS, and `upsample`, aligned with its cells.
+    preset: a name in PRESETS.  n_classes: L.  dropout: rate behind fc6 and fc7, the preset's own by
+    default.  With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset`,
+    `input_size` (S) and `upsample`, aligned with its cells.
     Raises ValueError for an unknown preset.
     """
     if preset not in PRESETS:

@@ -101,7 +101,7 @@ def show_memory(row, tasks, args):
 
 def measure(task, args):
     """The bytes that task(args)() takes, in a fresh process."""
-    choose_precision(args)
+    prepare(args)
     before = peak_memory()
     task(args)()
     if args.device == "cpu":
@@ -111,8 +111,12 @@ def measure(task, args):
         arrays.cupy.get_default_memory_pool().total_bytes())
 
 
-def choose_precision(args):
+def prepare(args):
+    """Full float32 or TF32 everywhere; no PyTorch on a GPU that it cannot use."""
+    global torch
     os.environ["CUPY_TF32"] = str(int(args.tf32))          # read by cupy at its first product
+    if torch and args.device == "gpu" and not torch.cuda.is_available():
+        torch = None
     if torch:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
 
@@ -237,10 +241,11 @@ def show_kernels(args, example):
         features = arrays.to_device(features, args.device)
         kernel = GaussianKernel(features, sigma)
         build, _ = peer_crf(example, kernels=[name])
+        step = build and peer_filter(build())
         show(f"{name} kernel: lattice and normalisation", {
             "ours": lambda: GaussianKernel(features, sigma), "pydensecrf": build}, args)
         show(f"{name} kernel: one filter (*)", {
-            "ours": lambda: kernel.apply(values), "pydensecrf": build and peer_filter(build())}, args)
+            "ours": lambda: kernel.apply(values), "pydensecrf": step}, args)
     print("(*) pydensecrf: a mean-field step with that kernel alone, the least that it offers")
 
 
@@ -348,7 +353,7 @@ def show_net(args):
     net, x = our_net(args)
     print(f"\nnetwork: {args.preset}, batch of {args.batch_size}, {net.input_size} pixels square, "
           f"on the {args.device}, {'TF32' if args.tf32 else 'full float32'}; PyTorch "
-          f"{f'with {torch.get_num_threads()} threads' if torch else 'is not installed'}")
+          f"{f'with {torch.get_num_threads()} threads' if torch else 'is not there'}")
     show("forward", {"ours": lambda: net.forward(x), "torch": torch and peer_forward(args)}, args)
     show("forward, backward, update", {
         "ours": our_step(args), "torch": torch and peer_step(args)}, args)
@@ -442,8 +447,10 @@ def shares(step, args):
 def main():
     args = parse_arguments()
     if args.device == "gpu" and not arrays.gpu_available():
-        sys.exit("benchmark.py: --device: found gpu, but no CUDA device with cupy; expected cpu")
-    choose_precision(args)
+        print("benchmark.py: --device: found gpu, but no CUDA device with cupy; expected cpu",
+              file=sys.stderr)
+        sys.exit(2)
+    prepare(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {cores} cores, Python "
           f"{platform.python_version()}, NumPy {np.__version__}; {args.repeats} rounds")

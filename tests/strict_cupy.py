@@ -17,7 +17,7 @@ counts = collections.Counter()
 # The names that the package may use.  test_devices.py compares them with the real cupy's.
 FUNCTIONS = """
     arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip concatenate
-    cumsum einsum empty empty_like exp full full_like log matmul maximum meshgrid minimum ones
+    cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum meshgrid minimum ones
     ones_like rint searchsorted split sqrt stack sum take take_along_axis unique vdot where zeros
     zeros_like""".split()
 TYPES = "bool_ float32 float64 int16 int32 int64 uint8".split()
@@ -27,7 +27,7 @@ METHODS = """
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
 KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "minlength", "out",
             "return_inverse"}
-WAITING = {"bincount": 2, "unique": 1}       # functions that read sizes back from the device
+WAITING = {"bincount": 2, "flatnonzero": 1, "unique": 1}       # functions that read sizes back from the device
 SCALARS = bool, int, float, complex, np.generic
 
 

@@ -11,9 +11,9 @@ def features(n, d, dtype=np.float64, width=0.5, seed=0):
 
 
 def plain_filter(F, values):
-    """[Adams 2010] one point at a time, the lattice a dictionary from a point to its row of values."""
+    """[Adams 2010] one point at a time; the lattice is a dictionary: point -> row of values."""
     n, d = F.shape
-    basis = np.zeros((d, d + 1))                # row j - 1: e_0 + ... + e_(j-1) - j e_j, unit length
+    basis = np.zeros((d, d + 1))              # row j - 1: e_0 + ... + e_(j-1) - j e_j, unit length
     for j in range(1, d + 1):
         basis[j - 1, :j] = 1
         basis[j - 1, j] = -j
@@ -44,7 +44,9 @@ def plain_filter(F, values):
     for axis in range(d + 1):
         step = np.ones(d + 1, dtype=int)
         step[axis] -= d + 1
-        lattice = {key: v + (lattice.get(tuple(key + step), 0) + lattice.get(tuple(key - step), 0)) / 2
+        def neighbour(key, sign, lattice=lattice, step=step):
+            return lattice.get(tuple(key + sign * step), 0)
+        lattice = {key: v + (neighbour(key, 1) + neighbour(key, -1)) / 2
                    for key, v in lattice.items()}
     out = np.array([weight * lattice[key] for key, weight in corners])       # (N*(d+1), C)
     return out.reshape(n, d + 1, -1).sum(axis=1) / (1 + 2.0**-d)
