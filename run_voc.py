@@ -116,16 +116,17 @@ def unary_model(args, data, device):
     """(model, fresh layers) for the unary stage: from ImageNet, a checkpoint, or as drawn."""
     net = vgg.build(args.net, len(data.classes), seed=args.seed)
     every = [name for name in net.layers if f"{name}_w" in net.params]
-    mean, fresh = weights.MEAN, every
+    mean, scale, fresh = weights.MEAN, training.PIXEL_SCALE, every
     if args.weights:
         values = weights.read_weights(args.weights)
-        fresh, mean = weights.fill(net, values, args.weights), values["mean"]
+        fresh = weights.fill(net, values, args.weights)
+        mean, scale = values["mean"], values["scale"]
     loaded = [name for name in every if name not in fresh]
     print(f"--net {args.net}: " + (f"{', '.join(loaded)} loaded from {args.weights}; " if loaded
                                    else "no weights given; ")
           + f"freshly initialised: {(', '.join(fresh) or 'none') if loaded else 'all layers'}")
     vgg.move(net, device)
-    model = training.Model(net, mean, device=device)
+    model = training.Model(net, mean, device=device, scale=scale)
     vgg.scale_fresh(net, fresh, model.inputs([image for image, _ in data.samples(data.train[:4])]))
     return model, fresh
 
@@ -150,7 +151,7 @@ def load_model(path, classes, device):
     net = checkpoints.load_net(path, arrays, info)
     crf = checkpoints.load_crf(path, arrays, info)
     vgg.move(net, device)
-    return training.Model(net, arrays["mean"], crf, device), arrays, info
+    return training.Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info
 
 
 def unary_checkpoint(args):
@@ -285,8 +286,9 @@ def report(args, data):
     order = [name for stage in STAGES for name in columns if name.split()[0] == stage]
     text = f"Validation list, {len(data.val)} images\n"
     text += figures.table({name: columns[name] for name in order}, data.classes)
+    band = {name: columns[name]["miou_band"] for name in order}          # None: no boundaries
     text += f"near boundaries ({args.band} pixels): " + ", ".join(
-        f"{name} {columns[name]['miou_band']:.1f}" for name in order) + "\n"
+        f"{name} {'-' if x is None else format(x, '.1f')}" for name, x in band.items()) + "\n"
     best = order[-1]
     for name in order[:-1]:
         if {name, best} <= confusions.keys():

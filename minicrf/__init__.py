@@ -3,7 +3,7 @@
 Public names: DenseCRF, scores_from_probabilities, scores_from_labels, PermutohedralLattice.
 Read the files in this order, each resting on those before it:
 
-    arrays          NumPy or CuPy: x.sum() is the same on both, what is not is here
+    arrays          NumPy or CuPy: the one file that knows the difference
     gradcheck       finite differences: what every backward below is held against
     losses          softmax, and the log-likelihood of the truth            Eqs. 6, 8
     layers          convolution with holes, ReLU, pooling, upsampling; forward above backward

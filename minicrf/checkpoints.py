@@ -3,6 +3,7 @@
 Keys: the network's own (`conv1_1_w` ... `fc8_b`, `mean`), `crf_w`, `crf_log_sigma_...`, momentum as
 `velocity_KEY`, and `info`, a JSON text.  Written beside and renamed; read without pickle.
 """
+import contextlib
 import json
 import os
 
@@ -11,6 +12,8 @@ import numpy as np
 from . import __version__, vgg, weights
 from .arrays import array_module, to_host
 from .densecrf import DenseCRF
+
+INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
 
 
 def save(path, model, info, optimiser=None):
@@ -25,7 +28,7 @@ def save(path, model, info, optimiser=None):
     if optimiser is not None:
         arrays |= {f"velocity_{key}": to_host(v) for key, v in optimiser.velocity.items()}
     info = {**info, "version": __version__, "preset": model.net.preset}
-    arrays |= {"mean": model.mean, "info": np.array(json.dumps(info))}
+    arrays |= {"mean": model.mean, "scale": np.array(model.scale), "info": np.array(json.dumps(info))}
     try:
         with open(f"{path}.tmp", "wb") as file:
             np.savez(file, **arrays)
@@ -33,6 +36,8 @@ def save(path, model, info, optimiser=None):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")               # a full disk needs the space
         raise OSError(f"{path}: could not be written ({error.strerror}); what it held before is "
                       "untouched") from None
 
@@ -42,17 +47,27 @@ def read(path):
     arrays = weights.read_npz(path)
     try:
         info = json.loads(str(arrays.pop("info")))
-        found = info["version"], info["preset"], info["iteration"], info["classes"], info["stage"]
-    except (KeyError, ValueError, TypeError):
+        sound = all(isinstance(info[key], kind) for key, kind in INFO.items()) and "mean" in arrays
+    except (KeyError, ValueError, TypeError, RecursionError):
+        sound = False
+    if not sound:
         raise ValueError(f"{path}: found no training state, expected a checkpoint of this "
-                         "project (for bare ImageNet weights use --stage unary)") from None
-    if found[0].split(".")[0] != __version__.split(".")[0]:
-        raise ValueError(f"{path}: found version {found[0]}, expected {__version__}")
+                         "project (for bare ImageNet weights use --stage unary)")
+    if info["version"].split(".")[0] != __version__.split(".")[0]:
+        raise ValueError(f"{path}: found version {info['version']}, expected {__version__}")
+    arrays.setdefault("scale", np.array(1.0))
+    weights.check_numbers(path, arrays)
     return arrays, info
 
 
 def load_net(path, arrays, info):
-    """A network with a checkpoint's preset, classes and parameters."""
+    """A network with a checkpoint's preset, classes and parameters.
+
+    arrays, info: from read(path).  Raises ValueError where a layer is missing or has another shape.
+    """
+    if info["preset"] not in vgg.PRESETS:
+        raise ValueError(f"{path}: found preset {info['preset']!r}, expected one of "
+                         f"{', '.join(vgg.PRESETS)}")
     net = vgg.build(info["preset"], len(info["classes"]))
     missing = weights.fill(net, arrays, path)
     if missing:
@@ -61,22 +76,31 @@ def load_net(path, arrays, info):
 
 
 def load_crf(path, arrays, info):
-    """The DenseCRF of a checkpoint, or None where it was left by the unary stage."""
+    """The DenseCRF of a checkpoint, or None where it was left by the unary stage.
+
+    Raises ValueError where its parameters are no finite vectors.
+    """
     if "crf_w" not in arrays:
         return None
-    sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
-              if f"crf_log_sigma_{kernel}" in arrays else None
-              for kernel in ("position", "bilateral")}
     for key in [key for key in arrays if key.startswith("crf_")]:
         if not (arrays[key].dtype == np.float64 and arrays[key].ndim == 1
                 and np.isfinite(arrays[key]).all()):
             raise ValueError(f"{path}: {key}: found {arrays[key].dtype} of shape "
                              f"{arrays[key].shape}, expected finite float64 in one dimension")
-    return DenseCRF(len(info["classes"]), w=arrays["crf_w"], **sigmas)
+    sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
+              if f"crf_log_sigma_{kernel}" in arrays else None
+              for kernel in ("position", "bilateral")}
+    try:
+        crf = DenseCRF(len(info["classes"]), w=arrays["crf_w"], **sigmas)
+        for key, p in crf.params.items():
+            p[...] = arrays[f"crf_{key}"]          # to the bit: log(exp(x)) may differ from x
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return crf
 
 
 def load_velocity(path, arrays, optimiser):
-    """Restore the optimiser's momentum."""
+    """Restore the optimiser's momentum.  Raises ValueError where the checkpoint has none."""
     for key, v in optimiser.velocity.items():
         values = arrays.get(f"velocity_{key}")
         if values is None or values.shape != v.shape:

@@ -28,10 +28,14 @@ class GaussianKernel:
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False):
         xp = array_module(features)
         sigma = xp.asarray(sigma, dtype=features.dtype)
-        # centred, since the moment form subtracts large squares from each other
+        # centred, since the moment form subtracts large squares from each other; but not for the
+        # lattice: its cells lie where those of other libraries do
         centred = features - features.mean(axis=1, keepdims=True)
         self.features = centred / sigma[:, None]                             # (d, N)
-        self.K = (ExactFilter if exact else PermutohedralLattice)(self.features.T)
+        if exact:
+            self.K = ExactFilter(self.features.T)
+        else:
+            self.K = PermutohedralLattice((features / sigma[:, None]).T)
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
             self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))

@@ -20,9 +20,12 @@ class Layer:
         self.params, self.grads = {}, {}
 
     def forward(self, x, train=False):
+        """x (B, C, H, W) -> y (B, O, H_out, W_out)."""
         return x
 
     def backward(self, dy):
+        """dy = dLoss/dy, of y's shape -> dx = dLoss/dx, of x's; adds dLoss/dparams into grads."""
+        # forward: y = x
         return dy
 
     def output_size(self, size):
@@ -258,6 +261,7 @@ class BilinearUpsample(Layer):
     def matrix(self, pixels, cells, like):
         """R (pixels, cells), two entries a row: the interpolation weights along one direction.
 
+        like: an array whose dtype and device R shall have.
         Original pixel x lies at input pixel (x + 0.5) * input_size / pixels - 0.5; outside the
         outermost cells the border's score holds.
         """
@@ -309,11 +313,14 @@ class Sequential(Layer):
                 for key, g in layer.grads.items()}
 
     def forward(self, x, train=False):
+        """x (B, C, H, W) -> y (B, O, h, w): each layer's output is the next one's input."""
         for layer in self.layers.values():
             x = layer.forward(x, train)
         return x
 
     def backward(self, dy):
+        """dy (B, O, h, w) -> dx (B, C, H, W), or None where the first layer needs no dx."""
+        # forward: y = last(... second(first(x)))
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
         return dy
@@ -326,7 +333,9 @@ class Sequential(Layer):
     def alignment(self):
         """(step, centre), in input pixels: output cell i is centred at step * i + centre.
 
-        Each layer moves the centre by step * ((kernel - 1) * dilation / 2 - padding before).
+        Each layer moves the centre by step * ((kernel - 1) * dilation / 2 - padding before): its
+        output cell i looks at input cells stride * i - padding + dilation * (0 .. kernel - 1), and
+        sits in their middle.
         """
         step, centre = 1, 0.0
         for layer in self.layers.values():

@@ -77,7 +77,7 @@ class PermutohedralLattice:
     def scaled(self, s):
         """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
         other = copy.copy(self)
-        corners = self.slice.indices.reshape(len(s), -1)                     # (N, d+1)
+        corners = self.slice.indices.reshape(len(s), -1).copy()              # (N, d+1)
         weights = self.slice.data.reshape(corners.shape) * s[:, None]
         other.slice = _sparse_rows(weights, corners, self.slice.shape[1])
         other.diagonal = self.diagonal * s * s
@@ -207,7 +207,7 @@ def _blur(points, axis, dtype):
     after[d] += 1
     carry = after[d] > d
     after[:d] += carry
-    after[d, carry] = 0
+    after[d][carry] = 0
     if axis < d:
         after[axis] -= 1
     after = points.find(after).astype(np.int32)                             # (P,), -1 if missing

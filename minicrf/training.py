@@ -20,22 +20,29 @@ from .optim import SGD
 from .vgg import seed_dropout
 
 
-# A step that a layer bears falls with the square of its input: near 1 for all layers but the first,
-# which sees pixels with a root mean square of about
+# Pixels have a root mean square of about 60.  A layer bears steps that fall with the square of its
+# input, so a network that starts from scratch gets pixels over PIXEL_SCALE; ImageNet's has scale 1.
 PIXEL_SCALE = 60
+LARGEST_LOG_SIGMA = 50    # widths of e^50 pixels, or e^-50: learning has gone astray
 
 
 class Model:
-    """The network, the mean colour its weights expect, and the CRF (None: unary scores alone)."""
+    """The network, how its weights expect pixels, and the CRF (None: unary scores alone).
 
-    def __init__(self, net, mean, crf=None, device="cpu"):
-        self.net, self.mean, self.crf, self.device = net, np.asarray(mean), crf, device
+    Network input is (BGR in 0-255, minus mean) / scale.
+    """
+
+    def __init__(self, net, mean, crf=None, device="cpu", scale=1.0):
+        self.net, self.crf, self.device = net, crf, device
+        self.mean, self.scale = np.asarray(mean), float(scale)
 
     def inputs(self, images):
         """Photographs, (H, W, 3) uint8 of any sizes -> network input (B, 3, S, S) on the device."""
         x = [voc.network_input(image, self.net.input_size, self.mean) for image in images]
         dtype = self.net["fc8"].params["w"].dtype
-        return to_device(np.stack(x).astype(dtype, copy=False), self.device)
+        x = np.stack(x).astype(dtype, copy=False)
+        x /= dtype.type(self.scale)
+        return to_device(x, self.device)
 
     def predict(self, image):
         """(unary, refined) labels (H, W) of a photograph (H, W, 3); refined is None without CRF."""
@@ -83,6 +90,8 @@ def accumulate_gradients(model, batch, share, train_net=True):
 def evaluate(model, samples, n_classes, band=5):
     """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
 
+    Sec. 4.2: sum them over the images, then metrics.mean_iou.
+
     samples: iterable of (image, labels); "crf" is there where the model has one.  "unary_band" and
     "crf_band" count the pixels within `band` pixels of a class boundary alone (0: left out).
     """
@@ -105,6 +114,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
     """Momentum SGD with the paper's rates for a stage.
 
     rate_top: fc8 and the layers named in `fresh`; rate_loaded: all others (both of the paper).
+    stage: "unary" (the network), "piecewise" (the CRF) or "joint" (both).
     rate_w, rate_sigma: the CRF's weights and log sigmas (paper silent: chosen by trial).
     Biases and CRF parameters do not decay.  rate multiplies all.
     """
@@ -114,8 +124,6 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
         for key in params:
             layer, kind = key.rsplit("_", 1)
             rates[key] = rate * (rate_top if layer in {"fc8", *fresh} else rate_loaded)
-            if key == "conv1_1_w" and layer in fresh:
-                rates[key] /= PIXEL_SCALE ** 2
             decays[key] = weight_decay if kind == "w" else 0.0
     if stage != "unary":
         for key in model.crf.params:
@@ -128,6 +136,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
 def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     """One update from one batch; returns its loss as a 0-d array.
 
+    batch: list of (image (H, W, 3) uint8, labels (H, W)).  seed, iteration: name the dropout masks.
     micro_batch: images that go through the network together (None: all); gradients are summed.
     """
     train_net = "fc8_w" in optimiser.params
@@ -142,6 +151,16 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
         w = model.crf.params["w"]
         w[...] = w.clip(0)
     return loss
+
+
+def check_parameters(params):
+    """Raises ValueError where a step left numbers that neither a next step nor a checkpoint can use."""
+    for key, p in params.items():
+        if not np.isfinite(float(p.sum())):
+            raise ValueError(f"found {key} not finite after the step, expected finite values")
+        if "log_sigma" in key and abs(p).max() > LARGEST_LOG_SIGMA:
+            raise ValueError(f"found {key} {p.round(2).tolist()} after the step, expected "
+                             f"-{LARGEST_LOG_SIGMA} to {LARGEST_LOG_SIGMA}")
 
 
 class Log:
@@ -165,8 +184,12 @@ class Log:
 
     def append(self, iteration, loss, rate, **values):
         row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row | values | self._values())
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row | values | self._values())
+        except OSError as error:
+            raise OSError(f"{self.path}: could not be written ({error.strerror}); checkpoints "
+                          "written before are kept") from None
 
     def _values(self):
         return {f"{key}_{i}": repr(float(value)) for key, p in self.params.items()
@@ -174,11 +197,21 @@ class Log:
 
 
 def read_log(path):
-    """The rows of a log.csv as dicts of strings; empty where there is none yet."""
+    """The rows of a log.csv as dicts of strings; empty where there is none yet.
+
+    Leaves out a row that a full disk cut short.  Raises ValueError for another kind of file.
+    """
     if not os.path.exists(path):
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in [*row, *row.values()]]
+        for row in rows:
+            row["stage"], int(row["iteration"]), float(row["loss"])
+        return rows
+    except (KeyError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable log ({error}), expected the log.csv of an earlier "
+                         "run; move it away to start a new one") from None
 
 
 class Progress:
@@ -207,6 +240,7 @@ class Progress:
                   f"{left} left{note and ', '}{note}", flush=True)
 
 
+@np.errstate(over="ignore", invalid="ignore")        # what is not finite is found in the loss
 def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations, batch_size,
         micro_batch=None, drop=0.75, evaluate_every=50):
     """Train one stage from iteration `start` to `iterations`; True when it got there.
@@ -215,7 +249,8 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
     out: folder of log.csv and of STAGE.npz, the last state, and STAGE_best.npz, that of the best
     mean IoU seen.  info: dict kept in the checkpoints, "seed" among it; sets "iteration" and "best".
     drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
-    iteration, saves, and returns False.  Raises FloatingPointError where the loss is not finite.
+    iteration, saves, and returns False.  Raises FloatingPointError where a step cannot be computed
+    or its loss is not finite, MemoryError where memory is too small, both with one line.
     """
     path = os.path.join(out, stage)
     log = Log(os.path.join(out, "log.csv"), model, stage, start)
@@ -225,12 +260,22 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
     try:
         for iteration in range(start + 1, iterations + 1):
             optimiser.scale = 0.1 if iteration > drop * iterations else 1.0
-            loss = float(train_step(model, optimiser, next(batches), info["seed"], iteration,
-                                    micro_batch))
-            if not np.isfinite(loss):
+            batch = next(batches)
+            try:
+                loss = float(train_step(model, optimiser, batch, info["seed"], iteration,
+                                        micro_batch))
+                if not np.isfinite(loss):
+                    raise ValueError(f"found loss {loss}, expected a finite one")
+                check_parameters(optimiser.params)
+            except ValueError as error:                  # also from the CRF: its scores, its sigmas
                 raise FloatingPointError(
-                    f"{stage}: iteration {iteration}: found loss {loss}, expected a finite one; "
-                    f"checkpoints written before are kept; try a smaller --rate")
+                    f"{stage}: iteration {iteration}: {error}; checkpoints written before are "
+                    "kept; try a smaller --rate") from None
+            except MemoryError as error:
+                size = micro_batch or batch_size
+                raise MemoryError(
+                    f"{stage}: iteration {iteration}: out of memory with {size} images at a time; "
+                    f"try --micro-batch {max(size // 2, 1)} ({error})") from None
             miou = {}
             if iteration % evaluate_every == 0 or iteration == iterations:
                 miou = validate()
@@ -243,11 +288,12 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
                 better = bool(miou) and list(miou.values())[-1] > info.get("best", -1)
                 if better:
                     info["best"] = list(miou.values())[-1]
-                checkpoints.save(f"{path}.npz", model, info, optimiser)
+                # the best state first: killed in between, a resumed run writes it again
                 if better:
                     checkpoints.save(f"{path}_best.npz", model, info)
+                checkpoints.save(f"{path}.npz", model, info, optimiser)
             if stop:
-                return iteration == iterations
+                return False
         return True
     finally:
         progress.bar.close()

@@ -16,6 +16,7 @@ from .layers import Conv2d
 
 MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images
 LIMIT = 2 ** 32                               # bytes: no VGG checkpoint comes near it
+EXPANSION = 20                                # floats shrink by less; zip bombs by a thousand
 NAMES = [f"conv{b}_{i}" for b, n in zip(range(1, 6), (2, 2, 3, 3, 3)) for i in range(1, n + 1)]
 FULLY_CONNECTED = ["fc6", "fc7"]              # the 1000-class fc8 is of no use here
 
@@ -37,31 +38,50 @@ def read_weights(path):
     else:
         raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors content")
     weights.setdefault("mean", np.array(MEAN))
+    weights.setdefault("scale", np.array(1.0))
     if "conv1_1_w" not in weights:
         raise ValueError(f"{path}: found no conv1_1_w, expected the layers of a 16-layer VGG net")
-    for key, array in weights.items():
-        if key == "mean" or key[-2:] in ("_w", "_b"):
-            if array.dtype.kind != "f" or not np.isfinite(array.sum(dtype=np.float64)):
-                raise ValueError(f"{path}: {key}: found {array.dtype} with values that are not "
-                                 "finite floating-point numbers")
-    if weights["mean"].shape != (3,):
-        raise ValueError(f"{path}: mean: found shape {weights['mean'].shape}, expected (3,)")
+    check_numbers(path, {key: array for key, array in weights.items()
+                         if key in ("mean", "scale") or key[-2:] in ("_w", "_b")})
     return weights
+
+
+def check_numbers(path, arrays):
+    """Raises ValueError unless all arrays hold finite floats, `mean` three and `scale` one."""
+    for key, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array.sum(dtype=np.float64)):
+            raise ValueError(f"{path}: {key}: found {array.dtype} with values that are not "
+                             "finite floating-point numbers")
+    if arrays["mean"].shape != (3,):
+        raise ValueError(f"{path}: mean: found shape {arrays['mean'].shape}, expected (3,)")
+    if arrays["scale"].shape != () or not arrays["scale"] > 0:
+        raise ValueError(f"{path}: scale: found {arrays['scale'].tolist()}, expected one number "
+                         "above 0")
 
 
 def read_npz(path):
     """All arrays of a .npz file, checked in size before any is read.  Raises ValueError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > LIMIT:
-            raise ValueError(f"found {size} bytes unpacked, expected at most {LIMIT}")
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {key: arrays[key] for key in arrays.files}
-        for key, array in content.items():
-            if not isinstance(array, np.ndarray):   # bytes: what numpy makes of any other member
-                raise ValueError(f"found {key}, which is no array")
-        return content
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            entries = archive.infolist()
+            size = sum(entry.file_size for entry in entries)
+            for limit in (LIMIT, max(2 ** 26, EXPANSION * os.path.getsize(path))):
+                if size > limit:
+                    raise ValueError(f"found {size} bytes unpacked, expected at most {limit}")
+            # zipfile stops at a damaged entry of the directory without a word
+            file.seek(-22, os.SEEK_END)
+            end = file.read()
+            count = int.from_bytes(end[10:12], "little")
+            if end.startswith(b"PK\5\6") and count != len(entries):
+                raise ValueError(f"found {len(entries)} arrays, expected {count}")
+            content = {}
+            for entry in entries:
+                with archive.open(entry) as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):              # only at a member's end is its checksum compared
+                        raise ValueError(f"found {entry.filename} longer than its array")
+                content[entry.filename.removesuffix(".npy")] = array
+            return content
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
 

@@ -1,9 +1,9 @@
-"""A stand-in for CuPy over NumPy, for machines without a GPU: `cupy` and `cupyx` to put into arrays.
+"""A stand-in for CuPy over NumPy: `cupy` and `cupyx` for the package to find, without a GPU.
 
 It refuses what CuPy refuses: implicit conversion, NumPy arrays among its own, names and keywords
-that CuPy lacks.  It also refuses what CuPy does silently and slowly, NumPy arrays and lists as
-indices or values and NumPy's functions on its arrays.  `counts` holds how often the host would have
-waited for the device ("wait"), data were sent there ("send"), and a sparse matrix was sorted ("sort").
+that CuPy lacks.  It also refuses what CuPy does silently and slowly: NumPy arrays and lists as
+indices or values, NumPy's functions on its arrays.  `counts`: how often the host would have waited
+for the device ("wait"), sent data there ("send"), and sorted a sparse matrix there ("sort").
 """
 import collections
 import operator
@@ -16,10 +16,10 @@ counts = collections.Counter()
 
 # The names that the package may use.  test_devices.py compares them with the real cupy's.
 FUNCTIONS = """
-    arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip concatenate
-    cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum meshgrid minimum ones
-    ones_like rint searchsorted split sqrt stack sum take take_along_axis unique vdot where zeros
-    zeros_like""".split()
+    arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip
+    concatenate cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum
+    meshgrid minimum ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
+    unique vdot where zeros zeros_like""".split()
 TYPES = "bool_ float32 float64 int16 int32 int64 uint8".split()
 METHODS = """
     all any argmax argmin argsort astype clip copy cumsum dot max mean min prod ravel repeat reshape
@@ -27,7 +27,8 @@ METHODS = """
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
 KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "minlength", "out",
             "return_inverse"}
-WAITING = {"bincount": 2, "flatnonzero": 1, "unique": 1}       # functions that read sizes back from the device
+# functions that read sizes back from the device
+WAITING = {"bincount": 2, "flatnonzero": 1, "unique": 1}
 SCALARS = bool, int, float, complex, np.generic
 
 

@@ -58,8 +58,8 @@ def match(found, expected):
 
 def close(found, expected, dtype=None):
     """dtype: what it was computed in, where it is not the array's own."""
-    error = np.abs(found - expected).max(initial=0)
-    assert error <= TOLERANCE[np.dtype(dtype or expected.dtype)] * np.abs(expected).max(initial=1e-30)
+    tolerance = TOLERANCE[np.dtype(dtype or expected.dtype)]
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def normal(*shape, dtype=np.float64, seed=0):
@@ -266,7 +266,7 @@ def model_and_batch(device, crf=True, size=(8, 10), n_classes=N_CLASSES, dtype=n
     net = vgg.build("tiny", n_classes, dropout=0.0, dtype=dtype)
     refine = DenseCRF(n_classes, w=(1.5, 2.), sigma_position=(2., 2.5),
                       sigma_bilateral=(6., 7., 50., 60., 70.), iterations=3) if crf else None
-    model = training.Model(net, (100., 110., 120.), refine, device)
+    model = training.Model(net, (100., 110., 120.), refine, device, scale=60.)
     vgg.move(net, device)
     names = [name for name in net.layers if f"{name}_w" in net.params]
     vgg.scale_fresh(net, names, model.inputs([image for image, _ in batch]))
@@ -281,15 +281,16 @@ def test_training_steps(xp, stage, dtype):
     for device in ("cpu", "gpu"):
         model, batch = model_and_batch(device, crf=stage != "unary", dtype=dtype)
         optimiser = training.optimizer(model, stage, list(model.net.layers), rate=0.1)
-        start = {key: to_host(p).copy() for key, p in optimiser.params.items()}
         each = [float(training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2))
                 for iteration in (1, 2)]
-        results.append((each, {key: to_host(p) for key, p in optimiser.params.items()}))
+        results.append((np.array(each), optimiser))
     (expected_losses, expected), (found_losses, found) = results
-    close(np.array(found_losses), np.array(expected_losses), dtype)
-    for key, p in expected.items():
-        assert not np.array_equal(p, start[key]), key
-        close(found[key], p, dtype)
+    close(found_losses, expected_losses, dtype)
+    for key, p in expected.params.items():
+        close(to_host(found.params[key]), p, dtype)
+        assert expected.velocity[key].any()
+        if dtype is np.float64:                 # in float32 a ReLU near 0 may fall the other way
+            close(to_host(found.velocity[key]), expected.velocity[key])
 
 
 def test_evaluation(xp):
@@ -321,7 +322,7 @@ def test_checkpoints(xp, tmp_path):
     content, info = checkpoints.read(path)
     net, crf = checkpoints.load_net(path, content, info), checkpoints.load_crf(path, content, info)
     vgg.move(net, "gpu")
-    again = training.Model(net, content["mean"], crf, "gpu")
+    again = training.Model(net, content["mean"], crf, "gpu", content["scale"])
     resumed = training.optimizer(again, "joint", [])
     checkpoints.load_velocity(path, content, resumed)
     for key, p in optimiser.params.items():
@@ -331,14 +332,15 @@ def test_checkpoints(xp, tmp_path):
 
 # What makes the host wait.
 
-def events(counts, **options):
-    """What one joint training step counts, with the position kernels already built."""
+def events(counts, iterations=3, **options):
+    """What a joint training step counts for each image, the position kernels already built."""
     model, batch = model_and_batch("gpu", **options)
+    model.crf.iterations = iterations
     optimiser = training.optimizer(model, "joint", [], rate_sigma=0)
     training.train_step(model, optimiser, batch, 0, 1)
     counts.clear()
     training.train_step(model, optimiser, batch, 0, 2)
-    return dict(counts)
+    return {key: count / len(batch) for key, count in counts.items()}
 
 
 def test_transfers_do_not_grow_with_pixels_or_labels(stand_in):
@@ -348,6 +350,4 @@ def test_transfers_do_not_grow_with_pixels_or_labels(stand_in):
 
 def test_a_training_step_seldom_waits(stand_in):
     found = events(stand_in)
-    images = 3
-    assert found["send"] <= 20 * images
-    assert found["wait"] + found.get("sort", 0) <= 120 * images
+    assert found["send"] <= 13 and found["wait"] <= 140 and found.get("sort", 0) <= 8

@@ -70,10 +70,11 @@ def test_shape_gradient_of_the_exact_kernel(normalization, exclude_self):
     assert relative_error(shape_gradient(kernel, A, B), numerical) < 1e-6
 
 
-def test_shape_gradient_needs_no_centred_features():
-    shifted = FEATURES + np.array([1000, -2000, 500])[:, None]
-    kernels_ = [GaussianKernel(f, SIGMA, exact=True) for f in (FEATURES, shifted)]
-    assert relative_error(*(shape_gradient(kernel, A, B) for kernel in kernels_)) < 1e-8
+def test_shape_gradient_in_float32_bears_features_far_from_zero():
+    shifted = (FEATURES + np.array([1000, -2000, 500])[:, None]).astype(np.float32)
+    expected, got = (shape_gradient(GaussianKernel(f, SIGMA, exact=True), A, B)
+                     for f in (FEATURES, shifted))
+    np.testing.assert_allclose(got, expected, rtol=1e-2)
 
 
 def drawn(h, w):

@@ -68,6 +68,13 @@ def test_keys_too_long_for_one_word_change_nothing(monkeypatch, largest_word):
     np.testing.assert_array_equal(PermutohedralLattice(F).filter(values), expected)
 
 
+def test_index_finds_only_what_it_holds():
+    index = permutohedral._Index(np.array([[0, 1, 0], [0, 1, 0]]))
+    assert index.numbers.tolist() == [0, 1, 0]
+    # (0, 3) would read as (1, 1), digit by digit in base 2
+    assert index.find(np.array([[1, 0, 0, 0, 1], [1, 0, 3, -1, 0]])).tolist() == [1, 0, -1, -1, -1]
+
+
 def test_many_dimensions_need_and_get_long_keys():
     F, values = features(40, 14, width=300), features(40, 2, seed=1)
     # so far apart that each point meets itself only

@@ -1,0 +1,114 @@
+"""Every backward pass broken on purpose, one bug at a time: finite differences notice, and where.
+
+`gradcheck.BUGS` lists the bugs, `gradcheck.broken` applies one while a test runs.  Here: each bug
+fails a row that belongs to the broken function; without bugs no row fails; no function that
+computes a gradient is missing from the list.
+"""
+import ast
+import functools
+import pathlib
+import re
+
+import pytest
+
+from minicrf import gradcheck
+
+PACKAGE = pathlib.Path(gradcheck.__file__).parent
+
+# function: (the check that covers it, the rows it may fail).  A check stops at its first failure.
+CRF = gradcheck.check_crf, "DenseCRF"
+COVERED_BY = {
+    "layers.Conv2d.backward": (gradcheck.check_layers, "Conv2d"),
+    "layers.ReLU.backward": (gradcheck.check_layers, "ReLU"),
+    "layers.MaxPool2d.backward": (gradcheck.check_layers, "MaxPool2d"),
+    "layers.Dropout.backward": (gradcheck.check_layers, "Dropout"),
+    "layers.BilinearUpsample.backward": (gradcheck.check_layers, "BilinearUpsample"),
+    "layers.Sequential.backward": (gradcheck.check_layers, "Sequential"),
+    "losses.softmax_loss": (gradcheck.check_losses, "softmax_loss"),
+    "densecrf.DenseCRF.backward": (gradcheck.check_crf, "DenseCRF: dscores from dq"),
+    "densecrf._through_softmax": CRF,
+    "densecrf.DenseCRF.backward_logits": CRF,
+    "kernels.GaussianKernel.shape_gradient": (gradcheck.check_crf, r"DenseCRF, .*: dlog_sigma"),
+    "permutohedral.PermutohedralLattice.spread_transpose": (
+        gradcheck.check_crf, "DenseCRF, lattice|PermutohedralLattice"),
+}
+
+# Bugs that need the whole model to show: what training does between the layers.
+TRAINING = {
+    # the loss's own gradient used for the scores: "truth minus marginals", back-tracking left out
+    "crf-skipped": ("df = crf.backward_logits(df)", "crf.backward_logits(df)"),
+    "truth-dropped": ("z = crf.logits", "z = f.copy()"),
+    "upsampling-turned": ("net.upsample.backward(df)", "net.upsample.backward(df)[:, ::-1]"),
+    "net-dropped": ("net.backward(dscores)", "pass"),
+}
+
+# Functions with such names that are no backward pass of their own, each with the reason.
+NO_BUG = {
+    "layers.Layer.backward": "hands dy on unchanged",
+    "training.accumulate_gradients": "TRAINING above",
+    "gradcheck.numerical_gradient": "the checker itself: tests/test_gradcheck.py",
+    "permutohedral.PermutohedralLattice.filter_transpose": "spread_transpose, then gather",
+    "kernels.GaussianKernel.apply_transpose": "filter_transpose; used by tests alone",
+}
+
+BUGS = [(path, name) for path, bugs in gradcheck.BUGS.items() for name in bugs]
+
+
+def first_failure(check):
+    """The name of the first row of a check that fails, or None."""
+    for name, by_backward, by_differences in check():
+        try:
+            if not gradcheck.relative_error(by_backward, by_differences) < gradcheck.TOLERANCE:
+                return name
+        except ValueError:                               # a gradient of the wrong shape
+            return name
+    return None
+
+
+@functools.cache
+def passes(check):
+    return first_failure(check) is None
+
+
+@pytest.mark.parametrize("path, bug", BUGS, ids=[name for _, name in BUGS])
+def test_a_bug_fails_its_check_and_the_right_code_passes(path, bug):
+    check, rows = COVERED_BY[path]
+    assert passes(check)
+    with gradcheck.broken(bug):
+        row = first_failure(check)
+    assert row is not None, f"{path} runs with {bug}, and no row of {check.__name__} fails"
+    assert re.match(rows, row), f"{bug} of {path} fails {row!r}, expected a row like {rows!r}"
+
+
+@pytest.mark.parametrize("bug", TRAINING)
+def test_a_bug_between_the_layers_fails_the_whole_models_check(bug, monkeypatch):
+    monkeypatch.setitem(gradcheck.BUGS, "training.accumulate_gradients", TRAINING)
+    assert passes(gradcheck.check_model)
+    with gradcheck.broken(bug):
+        assert first_failure(gradcheck.check_model) == "joint training step: 3 directions"
+
+
+def functions(tree, prefix):
+    """The qualified names of the functions and methods that a module or class defines."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node, f"{prefix}.{node.name}")
+        elif isinstance(node, ast.FunctionDef):
+            yield f"{prefix}.{node.name}"
+
+
+def test_every_function_that_computes_a_gradient_is_in_the_list():
+    named = {name for path in PACKAGE.glob("*.py")
+             for name in functions(ast.parse(path.read_text(encoding="utf-8")), path.stem)
+             if re.search("backward|gradient|transpose", name.rsplit(".", 1)[1])}
+    assert named - NO_BUG.keys() <= gradcheck.BUGS.keys()
+    assert NO_BUG.keys() <= named and not NO_BUG.keys() & gradcheck.BUGS.keys()
+    assert gradcheck.BUGS.keys() == COVERED_BY.keys()
+
+
+def test_every_term_of_the_back_tracking_loop_has_a_bug():
+    """df += dz in the loop and behind it, dw, dsigma's three sums, and dq with its three factors."""
+    broken = {right for right, _ in gradcheck.BUGS["densecrf.DenseCRF.backward_logits"].values()}
+    for term in ("df[", "df += dz", "forth[", "back[", "cross[", "product", "dq =", "dq +=", "w[m]",
+                 "transpose"):
+        assert any(term in right for right in broken), term
