@@ -426,7 +426,7 @@ def run(args):
 def main(arguments=None):
     try:
         return run(parse_arguments(arguments))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"run_voc.py: {error}", file=sys.stderr)
         return 2
 

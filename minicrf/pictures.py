@@ -27,7 +27,7 @@ def read_photograph(path):
         reason = " ".join(str(error).replace(str(path), "this file").split())
         raise ValueError(f"{path}: not a readable photograph ({reason})") from None
     if picture.mode.startswith(("I", "F")):                              # 16 bits and more
-        values = np.asarray(picture, np.float64) / 256
+        values = np.asarray(picture, np.float32) / 256
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")

@@ -119,7 +119,7 @@ def read_torchvision(path):
 def read_safetensors(path):
     """Tensors of a .safetensors file: 8 bytes header length, a JSON header, then raw values."""
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-    size = os.path.getsize(path)
+    size = left = os.path.getsize(path)
     tensors = {}
     with open(path, "rb") as file:
         try:
@@ -135,6 +135,9 @@ def read_safetensors(path):
                 if not (0 <= begin <= end <= size - 8 - length and min(shape, default=1) >= 0
                         and math.prod(shape) * dtype.itemsize == end - begin):
                     raise ValueError(f"{name}: found offsets {begin}..{end} for shape {shape}")
+                left -= end - begin
+                if left < 0:
+                    raise ValueError(f"{name}: found tensors that overlap")
                 file.seek(8 + length + begin)
                 values = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
                 tensors[name] = values

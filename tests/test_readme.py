@@ -187,7 +187,7 @@ def known_names():
     for path in FILES:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         names.add(path.stem)
-        for node in ast.walk(tree):
+        for node in ast.walk(tree) if path.name != "test_readme.py" else ():
             if isinstance(node, ast.Name):
                 names.add(node.id)
             elif isinstance(node, ast.Attribute):
