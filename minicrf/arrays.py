@@ -3,6 +3,8 @@
 Every function of the package asks `array_module(x)` for the module its argument belongs to, so the
 same source runs on both and arrays of both kinds can live in one process.  No global switch.
 """
+import os
+
 import numpy as np
 import scipy.sparse
 
@@ -48,3 +50,17 @@ def to_device(x, device):
 def to_host(x):
     """The array x as a NumPy array; no copy where it is one already."""
     return np.asarray(x) if array_module(x) is np else cupy.asnumpy(x)
+
+
+def use_tf32(allowed):
+    """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
+
+    To be called before the first one, which is when CuPy looks; what the user's environment says
+    does not count.  Without effect on GPUs that do not have it, on NumPy, and on sparse products.
+    """
+    os.environ["CUPY_TF32"] = "1" if allowed else "0"
+
+
+def peak_memory():
+    """The most bytes that CuPy's pool has held on the GPU, which it keeps; 0 without a GPU."""
+    return cupy.get_default_memory_pool().total_bytes() if gpu_available() else 0

@@ -28,7 +28,8 @@ def save(path, model, info, optimiser=None):
     if optimiser is not None:
         arrays |= {f"velocity_{key}": to_host(v) for key, v in optimiser.velocity.items()}
     info = {**info, "version": __version__, "preset": model.net.preset}
-    arrays |= {"mean": model.mean, "scale": np.array(model.scale), "info": np.array(json.dumps(info))}
+    arrays |= {"mean": model.mean, "scale": np.array(model.scale),
+               "info": np.array(json.dumps(info))}
     try:
         with open(f"{path}.tmp", "wb") as file:
             np.savez(file, **arrays)

@@ -170,9 +170,11 @@ class DenseCRF:
         df += dz
 
         for m, (name, kernel) in enumerate(zip(self._sigma_names(), kernels)):
-            self.grads["w"][m] += float((forth[m] - kernel.self_weight * product).sum())
+            dw = (forth[m] - kernel.self_weight * product).sum()
             dsigma = kernel.shape_gradient(forth[m] + back[m], cross[m], product)
-            self.grads[name] += w[m] * to_host(dsigma)
+            dw, dsigma = np.split(to_host(xp.concatenate([dw[None], dsigma])), [1])
+            self.grads["w"][m] += dw[0]
+            self.grads[name] += w[m] * dsigma
         return df.reshape(self.logits.shape)                                 # (H, W, L)
 
     def free_energy(self, q, scores, image):
@@ -296,6 +298,8 @@ def _softmax(z, best):
     maximum, which takes longer than all the rest.
     """
     xp = array_module(z)
+    if xp is not np:                     # asking whether they do would wait for the device
+        return softmax(z)
     with np.errstate(over="ignore"):
         q = xp.exp(z - best)
         total = xp.einsum("il->i", q)                                        # (N,)
@@ -312,7 +316,10 @@ def _through_softmax(dq, q):
 
 def _row_dots(a, b):
     """sum_l a_il b_il: (N,)."""
-    return array_module(a).einsum("il,il->i", a, b)
+    xp = array_module(a)
+    if xp is not np:                     # CuPy's einsum would make N matrix products of it
+        return (a * b).sum(axis=1)
+    return xp.einsum("il,il->i", a, b)
 
 
 def _blocks(values):

@@ -48,7 +48,7 @@ BUGS = {
         "crf-dw-self-forgotten": ("forth[m] - kernel.self_weight * product", "forth[m]"),
         "crf-dsigma-back-dropped": ("forth[m] + back[m]", "forth[m]"),
         "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *"),
-        "crf-dsigma-unweighted": ("w[m] * to_host(dsigma)", "to_host(dsigma)")},
+        "crf-dsigma-unweighted": ("w[m] * dsigma", "dsigma")},
     "kernels.GaussianKernel.shape_gradient": {
         "kernel-cross-sign": ("- 2 * cross", "+ 2 * cross"),
         "kernel-n-dropped": ("gradient += (", "0 * ("),

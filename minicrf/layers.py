@@ -167,7 +167,7 @@ class ReLU(Layer):
 
 
 class MaxPool2d(Layer):
-    """Maximum over k x k taps, `dilation` cells apart; -inf outside, `padding` = (before, after)."""
+    """Maximum over k x k taps, `dilation` cells apart; `padding` (before, after) counts as -inf."""
 
     def __init__(self, kernel=2, stride=2, dilation=1, padding=(0, 0)):
         super().__init__()

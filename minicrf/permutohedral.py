@@ -8,7 +8,7 @@ import copy
 
 import numpy as np
 
-from .arrays import array_module, sparse_module
+from .arrays import array_module, sparse_module, to_host
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
 LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
@@ -207,30 +207,40 @@ def _blur(points, axis, dtype):
     after[d] += 1
     carry = after[d] > d
     after[:d] += carry
-    after[d][carry] = 0
+    after[d] -= (d + 1) * carry
     if axis < d:
         after[axis] -= 1
     after = points.find(after).astype(np.int32)                             # (P,), -1 if missing
 
     p = xp.arange(len(points), dtype=np.int32)
-    before = xp.full_like(after, -1)
-    before[after[after >= 0]] = p[after >= 0]
+    before = xp.full(len(p) + 1, -1, dtype=np.int32)
+    before[after] = p                    # where it is missing, -1, this fills the place at the end
+    before = before[:-1]
     columns = xp.stack([p, after, before], axis=1)                           # (P, 3)
-    weights = xp.broadcast_to(xp.asarray([1, 0.5, 0.5], dtype=dtype), columns.shape)
-    return _sparse_rows(weights, columns, len(p))
+    weights = xp.full(columns.shape, 0.5, dtype=dtype)
+    weights[:, 0] = 1
+    return _sparse_rows(weights, columns, len(p), missing=True)
 
 
-def _sparse_rows(weights, columns, width):
-    """The sparse (n, width) matrix of weights (n, k) at columns (n, k), but for columns < 0."""
+def _sparse_rows(weights, columns, width, missing=False):
+    """The sparse (n, width) matrix of weights (n, k) at columns (n, k).
+
+    missing: some columns are -1, and left out.
+    """
     xp = array_module(weights)
     n, k = columns.shape
     starts = xp.arange(0, n * k + 1, k, dtype=np.int32)                      # (n+1,)
-    present = columns >= 0
-    if not present.all():
-        starts[1:] = xp.cumsum(present.sum(axis=1))
-        weights, columns = weights[present], columns[present]
-    parts = weights.ravel(), columns.ravel(), starts
-    return sparse_module(weights).csr_matrix(parts, shape=(n, width))
+    weights, columns = weights.ravel(), columns.ravel()
+    if missing:
+        present = columns >= 0
+        starts[1:] = xp.cumsum(present.reshape(n, k).sum(axis=1))
+        kept = xp.flatnonzero(present)                # the one place that waits for a GPU
+        weights, columns = weights[kept], columns[kept]
+    matrix = sparse_module(weights).csr_matrix((weights, columns, starts), shape=(n, width))
+    # No number comes twice in a row.  Nor need they be in order: products do not mind, but CuPy
+    # would look first, and sort.
+    matrix.has_canonical_format = True
+    return matrix
 
 
 class _Index:
@@ -241,8 +251,9 @@ class _Index:
 
     def __init__(self, columns):
         xp = array_module(columns)
-        self.low = [int(row.min()) for row in columns]
-        self.span = [int(row.max()) + 1 - low for row, low in zip(columns, self.low)]
+        # in one go: a GPU is asked once
+        self.low, high = to_host(xp.stack([columns.min(axis=1), columns.max(axis=1)])).tolist()
+        self.span = [high + 1 - low for low, high in zip(self.low, high)]
         self.prefixes = {}
         self.words, numbers = xp.unique(self._pack(columns), return_inverse=True)
         self.numbers = numbers.astype(np.int32)                              # (n,)
@@ -258,7 +269,7 @@ class _Index:
         xp = array_module(columns)
         numbers = _look_up(self.words, self._pack(columns))
         for digit, low, span in zip(columns, self.low, self.span):
-            numbers[(digit < low) | (digit >= low + span)] = -1
+            numbers = xp.where((digit < low) | (digit >= low + span), -1, numbers)
         return numbers
 
     def _pack(self, columns):

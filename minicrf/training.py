@@ -34,7 +34,7 @@ class Model:
 
     def __init__(self, net, mean, crf=None, device="cpu", scale=1.0):
         self.net, self.crf, self.device = net, crf, device
-        self.mean, self.scale = np.asarray(mean), float(scale)
+        self.mean, self.scale = np.asarray(mean, np.float64), float(scale)
 
     def inputs(self, images):
         """Photographs, (H, W, 3) uint8 of any sizes -> network input (B, 3, S, S) on the device."""
@@ -110,7 +110,7 @@ def evaluate(model, samples, n_classes, band=5):
 
 
 def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
-              rate_top=0.01, rate_loaded=0.001, rate_w=0.3, rate_sigma=0.02):
+              rate_top=0.01, rate_loaded=0.001, rate_w=0.3, rate_sigma=0.1):
     """Momentum SGD with the paper's rates for a stage.
 
     rate_top: fc8 and the layers named in `fresh`; rate_loaded: all others (both of the paper).
@@ -154,7 +154,7 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
 
 
 def check_parameters(params):
-    """Raises ValueError where a step left numbers that neither a next step nor a checkpoint can use."""
+    """Raises ValueError where a step left numbers that no next step and no checkpoint can use."""
     for key, p in params.items():
         if not np.isfinite(float(p.sum())):
             raise ValueError(f"found {key} not finite after the step, expected finite values")
@@ -186,7 +186,8 @@ class Log:
         row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
         try:
             with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, restval="").writerow(row | values | self._values())
+                writer = csv.DictWriter(file, self.columns, restval="")
+                writer.writerow(row | values | self._values())
         except OSError as error:
             raise OSError(f"{self.path}: could not be written ({error.strerror}); checkpoints "
                           "written before are kept") from None
@@ -210,7 +211,7 @@ def read_log(path):
             row["stage"], int(row["iteration"]), float(row["loss"])
         return rows
     except (KeyError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable log ({error}), expected the log.csv of an earlier "
+        raise ValueError(f"{path}: not a readable log ({error}), expected log.csv of an earlier "
                          "run; move it away to start a new one") from None
 
 
@@ -247,7 +248,7 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
 
     batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve.
     out: folder of log.csv and of STAGE.npz, the last state, and STAGE_best.npz, that of the best
-    mean IoU seen.  info: dict kept in the checkpoints, "seed" among it; sets "iteration" and "best".
+    mean IoU seen.  info: dict kept in checkpoints, "seed" among it; sets "iteration" and "best".
     drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
     iteration, saves, and returns False.  Raises FloatingPointError where a step cannot be computed
     or its loss is not finite, MemoryError where memory is too small, both with one line.

@@ -78,7 +78,7 @@ def read_npz(path):
             for entry in entries:
                 with archive.open(entry) as member:
                     array = np.lib.format.read_array(member, allow_pickle=False)
-                    if member.read(1):              # only at a member's end is its checksum compared
+                    if member.read(1):         # only at a member's end is its checksum compared
                         raise ValueError(f"found {entry.filename} longer than its array")
                 content[entry.filename.removesuffix(".npy")] = array
             return content

@@ -107,7 +107,7 @@ def test_every_function_that_computes_a_gradient_is_in_the_list():
 
 
 def test_every_term_of_the_back_tracking_loop_has_a_bug():
-    """df += dz in the loop and behind it, dw, dsigma's three sums, and dq with its three factors."""
+    """df += dz in the loop and behind it, dw, dsigma's three sums, dq with its three factors."""
     broken = {right for right, _ in gradcheck.BUGS["densecrf.DenseCRF.backward_logits"].values()}
     for term in ("df[", "df += dz", "forth[", "back[", "cross[", "product", "dq =", "dq +=", "w[m]",
                  "transpose"):
