@@ -274,7 +274,7 @@ def test_largefov_needs_as_many_channels_as_it_takes(theirs, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_weights_of_another_width_do_not_fit(kind, theirs, tmp_path):
-    refused(FORMATS[kind](tmp_path / "weights", theirs), "conv1_1_w", "(8, 3, 3, 3)", "tiny",
+    refused(FORMATS[kind](tmp_path / "weights", theirs), "conv1_1_w", "(16, 3, 3, 3)", "tiny",
             preset="tiny")
 
 
