@@ -4,6 +4,7 @@ Every function of the package asks `array_module(x)` for the module its argument
 same source runs on both and arrays of both kinds can live in one process.  No global switch.
 """
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy.sparse
@@ -15,6 +16,11 @@ except ImportError:
     cupy = None
 
 
+SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
+THREADS = min(4, os.cpu_count() or 1)
+POOL = ThreadPoolExecutor(THREADS)
+
+
 def array_module(x):
     """The module, numpy or cupy, that made the array x."""
     return np if cupy is None else cupy.get_array_module(x)
@@ -23,6 +29,19 @@ def array_module(x):
 def sparse_module(x):
     """The sparse matrices that go with the array x: scipy.sparse or cupyx.scipy.sparse."""
     return scipy.sparse if array_module(x) is np else cupyx.scipy.sparse
+
+
+def for_each(function, items, x):
+    """Call function(item) for each item, where the work is on the array x: on the CPU in threads.
+
+    NumPy and SciPy release the interpreter lock.  No call may write what another one reads or
+    writes: then the result is the same for any number of threads.
+    """
+    if array_module(x) is np and len(items) > 1 and x.size > SMALL:
+        list(POOL.map(function, items))
+    else:
+        for item in items:
+            function(item)
 
 
 def gpu_available():

@@ -23,7 +23,7 @@ BUGS = {
         "conv-db-dropped": ("cells_dy.sum(axis=(0, 2))", "0"),
         "conv-dx-not-turned": ("w[:, :, ::-1, ::-1]", "w")},
     "layers.ReLU.backward": {"relu-mask-dropped": ("y > 0", "y >= 0")},
-    "layers.MaxPool2d.backward": {"pool-to-all-taps": ("(winner[b] == number)", "1")},
+    "layers.MaxPool2d.backward": {"pool-to-all-taps": ("(winner[p] == number)", "1")},
     "layers.Dropout.backward": {
         "dropout-mask-dropped": ("dy *= kept", "pass"),
         "dropout-scale-dropped": ("1 / (1 - self.rate)", "1")},

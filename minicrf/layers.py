@@ -6,7 +6,9 @@ Legend: B images, C input channels, O output channels, H x W pixels, k kernel si
 """
 import numpy as np
 
-from .arrays import array_module
+from .arrays import array_module, for_each
+
+PLANE_BYTES = 2 ** 21     # of planes that a thread pools at a time: they stay in its cache
 
 
 class Layer:
@@ -44,6 +46,23 @@ def pad(x, before, after, value=0):
     return padded
 
 
+def plane_blocks(planes):
+    """Slices of planes (P, H, W): a few megabytes each, to stay in the cache; all at once on a GPU."""
+    P = len(planes)
+    each = P
+    if array_module(planes) is np:
+        each = max(1, PLANE_BYTES * P // max(planes.nbytes, 1))
+    return [slice(start, min(start + each, P)) for start in range(0, P, each)]
+
+
+def block_rows(column_bytes, H_out, W_out, xp):
+    """Output rows of a block: 256 MB on a GPU; on the CPU 4 MB, but 512 cells for the product."""
+    cells = 2 ** 28 // column_bytes
+    if xp is np:
+        cells = min(cells, max(512, 2 ** 22 // column_bytes))
+    return min(H_out, max(1, cells // W_out))
+
+
 def column_blocks(x, kernel, dilation, padding):
     """Yield (b, cells, columns): the input values under the kernel, for a block of output cells.
 
@@ -60,11 +79,7 @@ def column_blocks(x, kernel, dilation, padding):
         return
     reach = (kernel - 1) * dilation
     H_out, W_out = H + 2 * padding - reach, W + 2 * padding - reach
-    column_bytes = C * kernel * kernel * x.itemsize
-    cells = 2 ** 28 // column_bytes
-    if xp is np:
-        cells = min(cells, max(512, 2 ** 22 // column_bytes))
-    rows = min(H_out, max(1, cells // W_out))
+    rows = block_rows(C * kernel * kernel * x.itemsize, H_out, W_out, xp)
     buffer = xp.empty(C * kernel * kernel * rows * W_out, x.dtype)
     for b in range(B):
         image = pad(x[b], padding, padding)                              # (C, H+2p, W+2p)
@@ -72,10 +87,14 @@ def column_blocks(x, kernel, dilation, padding):
             n = min(rows, H_out - top)
             columns = buffer[:C * kernel * kernel * n * W_out]
             columns = columns.reshape(C, kernel, kernel, n, W_out)
-            for i in range(kernel):
-                for j in range(kernel):
-                    y0, x0 = top + i * dilation, j * dilation
-                    columns[:, i, j] = image[:, y0:y0 + n, x0:x0 + W_out]
+
+            def gather(c):
+                for i in range(kernel):
+                    for j in range(kernel):
+                        y0, x0 = top + i * dilation, j * dilation
+                        columns[c, i, j] = image[c, y0:y0 + n, x0:x0 + W_out]
+
+            for_each(gather, [slice(0, C // 2), slice(C // 2, C)], columns)
             yield b, slice(top * W_out, (top + n) * W_out), columns.reshape(-1, n * W_out)
 
 
@@ -186,33 +205,41 @@ class MaxPool2d(Layer):
         """x (B, C, H, W) -> y (B, C, H_out, W_out)."""
         xp = array_module(x)
         H_out, W_out = self.output_size(x.shape[2]), self.output_size(x.shape[3])
-        y = xp.empty((*x.shape[:2], H_out, W_out), x.dtype)
+        planes = x.reshape(-1, *x.shape[2:])                             # (B*C, H, W)
+        y = xp.empty((len(planes), H_out, W_out), x.dtype)
         winner = xp.zeros(y.shape, xp.uint8) if train else None
-        for b in range(len(x)):                     # one image at a time: it stays in the cache
-            taps = self.taps(pad(x[b], *self.padding, value=-np.inf), H_out, W_out)
-            y[b] = next(taps)
+
+        def pool(p):
+            taps = self.taps(pad(planes[p], *self.padding, value=-np.inf), H_out, W_out)
+            y[p] = next(taps)
             for number, tap in enumerate(taps, start=1):
                 if train:                           # ties go to the first tap
-                    xp.copyto(winner[b], number, where=tap > y[b])
-                xp.maximum(y[b], tap, out=y[b])
+                    xp.copyto(winner[p], number, where=tap > y[p])
+                xp.maximum(y[p], tap, out=y[p])
+
+        for_each(pool, plane_blocks(planes), planes)
         if train:
             self.winner, self.shape_in = winner, x.shape
-        return y
+        return y.reshape(*x.shape[:2], H_out, W_out)
 
     def backward(self, dy):
         """dy (B, C, H_out, W_out) -> dx (B, C, H, W)."""
         xp = array_module(dy)
         winner, self.winner = self.winner, None
-        B, C, H, W = self.shape_in
+        _, _, H, W = self.shape_in
         before, after = self.padding
-        dx = xp.empty(self.shape_in, dy.dtype)
-        for b in range(B):
-            padded = xp.zeros((C, H + before + after, W + before + after), dy.dtype)
+        dy = dy.reshape(winner.shape)                                    # (B*C, H_out, W_out)
+        dx = xp.empty((len(dy), H, W), dy.dtype)
+
+        def scatter(p):
+            padded = pad(xp.zeros_like(dx[p]), before, after)
             # forward: y = x at the winning tap
-            for number, tap in enumerate(self.taps(padded, *dy.shape[2:])):
-                tap += dy[b] * (winner[b] == number)
-            dx[b] = padded[:, before:before + H, before:before + W]
-        return dx
+            for number, tap in enumerate(self.taps(padded, *dy.shape[1:])):
+                tap += dy[p] * (winner[p] == number)
+            dx[p] = padded[:, before:before + H, before:before + W]
+
+        for_each(scatter, plane_blocks(dx), dx)
+        return dx.reshape(self.shape_in)
 
 
 class Dropout(Layer):

@@ -2,7 +2,7 @@
 
     v <- momentum v - rate (g + decay p);   p <- p + v
 """
-from .arrays import array_module
+from .arrays import array_module, for_each
 
 
 class SGD:
@@ -21,12 +21,13 @@ class SGD:
 
     def step(self):
         """One update from the gradients summed so far."""
-        for key, p in self.params.items():
-            v, g = self.velocity[key], self.grads[key]
-            rate = self.scale * self.rates[key]
-            v *= self.momentum
-            g += self.decays[key] * p
-            g *= rate
-            v -= g
-            p += v
-            g[...] = 0
+        for_each(self.update, list(self.params), max(self.params.values(), key=lambda p: p.size))
+
+    def update(self, key):
+        p, v, g = self.params[key], self.velocity[key], self.grads[key]
+        v *= self.momentum
+        g += self.decays[key] * p
+        g *= self.scale * self.rates[key]
+        v -= g
+        p += v
+        g[...] = 0

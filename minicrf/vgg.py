@@ -3,10 +3,13 @@
 Three presets share one builder: `vgg16` is the paper's; `largefov` has a small fc6 with larger
 holes (Chen et al., 2015); `tiny` has a few channels and a small input, for the demo and the tests.
 """
+import math
+
 import numpy as np
 
-from .arrays import array_module, to_device
-from .layers import BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequential
+from .arrays import THREADS, array_module, to_device
+from .layers import (BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequential,
+                     PLANE_BYTES, block_rows)
 
 # input_size in pixels; channels of conv1..conv5; fc6: kernel and dilation; fc: channels of fc6, fc7
 PRESETS = {
@@ -95,3 +98,54 @@ def seed_dropout(net, *seed):
     for number, layer in enumerate(net.layers.values()):
         if isinstance(layer, Dropout):
             layer.seed = (*seed, number)
+
+
+def training_bytes(net, batch_size):
+    """Bytes that a training step of `batch_size` images holds at its peak, momentum included.
+
+    Follows one step: what each layer keeps for backward, and its working set.  Scores at original
+    size and the CRF, a few images' worth, come on top.
+    """
+    p = net["fc8"].params["w"]
+    xp, item = array_module(p), p.itemsize
+    parameters = sum(q.nbytes for q in net.params.values())
+    shape, kept, peak = (3, net.input_size, net.input_size), [], 0
+    held = batch_size * math.prod(shape) * item
+    for layer in net.layers.values():
+        size = layer.output_size(shape[1])
+        shape_in, shape = shape, (shape[0], size, size)
+        working = new = 0
+        if isinstance(layer, Conv2d):
+            shape = (len(layer.params["b"]), size, size)
+            new = batch_size * math.prod(shape) * item
+            working = column_bytes(shape_in, layer, item, xp)
+        elif isinstance(layer, MaxPool2d):          # its output, and the winning taps
+            new = batch_size * math.prod(shape) * (item + 1)
+        elif isinstance(layer, Dropout) and layer.rate:     # which values are kept, and the draw
+            new, working = batch_size * math.prod(shape), 4 * batch_size * math.prod(shape)
+        held += new
+        peak = max(peak, held + working)
+        kept.append((layer, shape_in, shape, new))
+
+    for layer, shape_in, shape_out, new in reversed(kept):
+        dy, dx = (batch_size * math.prod(s) * item for s in (shape_out, shape_in))
+        held -= new                                 # the layers above have freed what they shared
+        working = 0
+        if isinstance(layer, Conv2d):               # dx needs the kernel turned, dw is summed up
+            w = layer.params["w"].nbytes
+            columns = column_bytes(shape_in, layer, item, xp)
+            working = max(w + columns, dx + w + column_bytes(shape_out, layer, item, xp))
+        elif isinstance(layer, MaxPool2d):
+            in_flight = dx if xp is not np else min(dx, THREADS * PLANE_BYTES)
+            working = dx + 3 * in_flight            # padded, compared with, multiplied
+        peak = max(peak, held + dy + working)
+    return 3 * parameters + peak
+
+
+def column_bytes(shape, layer, itemsize, xp):
+    """Bytes of the buffer of layers.column_blocks for an input (C, H, W) of a convolution."""
+    if layer.kernel == 1:
+        return 0
+    C, H, W = shape
+    column = C * layer.kernel ** 2 * itemsize
+    return column * W * block_rows(column, H, W, xp) + C * (H + 2) * (W + 2) * itemsize

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pathlib
-import resource
 import signal
 import struct
 import subprocess
@@ -25,8 +24,9 @@ import run_voc
 from minicrf import DenseCRF, checkpoints, densecrf, pictures, toy, training, vgg, voc, weights
 from minicrf.kernels import GaussianKernel
 from minicrf.losses import VOID, softmax
-from minicrf.permutohedral import PermutohedralLattice
 
+resource = pytest.importorskip("resource", reason="signals and limits of a process are Unix's")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc or /dev/full")
 PROGRAM = pathlib.Path(run_voc.__file__)
 OPTIONS = ["--net", "tiny", "--batch-size", "2", "--iterations", "4", "--evaluate-every", "2",
            "--rate", "0.1"]
@@ -63,7 +63,7 @@ def one_line(error, *words):
 
 # --- kills ---------------------------------------------------------------------------------------
 
-# The program, with a signal to itself at the n-th call of os.fsync or os.replace: before or after it
+# The program, with a signal to itself before or after the n-th call of os.fsync or os.replace
 SUICIDE = """
 import os, signal, sys
 import run_voc
@@ -85,8 +85,8 @@ sys.exit(run_voc.main(sys.argv[5:]))
 
 def signalled(arguments, name, number, when, signum=signal.SIGKILL):
     """Runs the program, with a signal to itself; returns the finished process."""
-    return subprocess.run([sys.executable, "-c", SUICIDE, name, str(number), when, str(int(signum)),
-                           *arguments], cwd=PROGRAM.parent, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", SUICIDE, name, str(number), when, str(int(signum)), *arguments]
+    return subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, timeout=300)
 
 
 def killed_from_outside(arguments, out, rows, delay):
@@ -127,9 +127,8 @@ def test_a_run_killed_three_times_ends_as_if_undisturbed(toy_set, whole, tmp_pat
     assert killed_from_outside(arguments, tmp_path, rows=1, delay=0) == -signal.SIGKILL
     in_a_write = signalled(arguments, "fsync", 2, "before")
     assert in_a_write.returncode == -signal.SIGKILL and list(tmp_path.glob("*.npz.tmp"))
-    # unary is done by now or in what follows: log.csv, then the first of joint's two files
-    between = signalled(arguments, "fsync", 3, "after")
-    assert between.returncode == -signal.SIGKILL
+    assert killed_from_outside(arguments, tmp_path, rows=ROWS - 1, delay=0) == -signal.SIGKILL
+    assert checkpoints.read(tmp_path / "joint.npz")[1]["iteration"] == 2
     resume(toy_set, tmp_path)
     assert_as_if_undisturbed(tmp_path, whole)
 
@@ -153,7 +152,7 @@ def test_runs_killed_at_twenty_moments_end_as_if_undisturbed(toy_set, whole, tmp
         assert_as_if_undisturbed(out, whole)
 
 
-@pytest.mark.parametrize("save", [1, 3])           # in the second and in the last iteration of unary
+@pytest.mark.parametrize("save", [1, 3])           # in the second and in the last iteration
 def test_ctrl_c_saves_says_so_and_exits_with_130(toy_set, whole, tmp_path, save):
     stopped = signalled(options(toy_set, tmp_path), "fsync", save, "before", signal.SIGINT)
     assert stopped.returncode == 130 and stopped.stderr == ""
@@ -199,7 +198,7 @@ def denied(*_):
     raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("fault", ["disk full", "no permission"])
+@pytest.mark.parametrize("fault", [pytest.param("disk full", marks=LINUX), "no permission"])
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, fault):
     model, path = small_model(), tmp_path / "joint.npz"
     checkpoints.save(path, model, INFO)
@@ -212,6 +211,27 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, fault):
     with pytest.raises(OSError, match=f"joint.npz: could not be written .{words}.; what it held"):
         checkpoints.save(path, model, INFO)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["joint.npz"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_the_last_checkpoint_knows_of_no_better_state_than_is_kept(tmp_path, monkeypatch, failing):
+    """Whichever write a run ends in: best and last are two files."""
+    save, calls = checkpoints.save, []
+
+    def fail(path, *arguments):
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError(f"{path}: could not be written")
+        save(path, *arguments)
+
+    monkeypatch.setattr(checkpoints, "save", fail)
+    scores = iter([1.0, 2.0])
+    with pytest.raises(OSError, match="could not be written"):
+        fit(small_model(), tmp_path, validate=lambda: {"unary": next(scores)})
+    if (tmp_path / "joint.npz").exists():
+        _, last = checkpoints.read(tmp_path / "joint.npz")
+        _, best = checkpoints.read(tmp_path / "joint_best.npz")
+        assert best["best"] >= last["best"]
 
 
 def test_a_run_out_of_space_keeps_the_earlier_checkpoint(toy_set, whole, tmp_path):
@@ -229,6 +249,7 @@ def test_a_run_out_of_space_keeps_the_earlier_checkpoint(toy_set, whole, tmp_pat
     resume(toy_set, tmp_path)
 
 
+@LINUX
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     log = training.Log(tmp_path / "log.csv", small_model(), "joint", 0)
     log.path = "/dev/full"
@@ -239,7 +260,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 # --- damaged checkpoints -------------------------------------------------------------------------
 
 def load(path):
-    """All that a resumed run takes from a checkpoint, as one dict; ValueError where it is refused."""
+    """All that a resumed run takes from a checkpoint, as one dict."""
     arrays, info = checkpoints.read(path)
     model = training.Model(checkpoints.load_net(path, arrays, info), arrays["mean"],
                            checkpoints.load_crf(path, arrays, info), scale=arrays["scale"])
@@ -251,7 +272,6 @@ def load(path):
 
 def same(one, other):
     return one.keys() == other.keys() and all(
-        one[key] == other[key] if key == "info" else
         np.asarray(one[key]).dtype == np.asarray(other[key]).dtype
         and np.array_equal(one[key], other[key]) for key in one)
 
@@ -313,15 +333,15 @@ def test_many_flipped_bits_are_refused_or_without_effect(checkpoint, tmp_path):
 
 
 def flip_a_small_archive(path, bits):
-    expected = {"mean": np.arange(3.0), "crf_w": np.array([1.5, 2]), "info": np.array('{"a": 1}' * 8)}
+    expected = {"mean": np.arange(3.0), "crf_w": np.array([1.5, 2]),
+                "info": np.array('{"a": 1}' * 8)}
     with io.BytesIO() as stream:
         np.savez(stream, **expected)
         content = stream.getvalue()
     refused = 0
     for bit in bits(8 * len(content)):
         path.write_bytes(flip(content, int(bit)))
-        refused += refused_or_same(path, weights.read_npz, {k: np.asarray(v) for k, v in
-                                                            expected.items()})
+        refused += refused_or_same(path, weights.read_npz, expected)
     return refused
 
 
@@ -336,6 +356,14 @@ def test_structure_is_checked_to_the_bit(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_every_single_bit_of_an_archive_is_checked(tmp_path):
     assert flip_a_small_archive(tmp_path / "a.npz", range) > 5000
+
+
+def test_a_shape_that_shrank_is_found_by_the_checksum(tmp_path):
+    """One flipped bit, of which the array that is left to read says nothing."""
+    path = tmp_path / "a.npz"
+    np.savez(path, fc6_b=np.arange(3000.0))
+    path.write_bytes(path.read_bytes().replace(b"(3000,)", b"(1000,)"))
+    assert refused_or_same(path, weights.read_npz, None)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999, 0.99999])
@@ -410,19 +438,19 @@ def test_parameters_come_back_to_the_bit(checkpoint):
 
 # --- crafted files: refused in little memory -----------------------------------------------------
 
-READ_ALL = """
-import pathlib, resource, sys
+READ_ALL = r"""
+import pathlib, re, resource, sys
 sys.path.insert(0, sys.argv[1])
 from minicrf import pictures, voc, weights
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) // 1024
 before = peak()
 for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):
     for read in (weights.read_weights, pictures.read_photograph, voc._open):
         try:
             read(path)
         except (ValueError, OSError) as error:
-            assert str(path) in str(error) and "\\n" not in str(error), error
+            assert str(path) in str(error) and "\n" not in str(error), error
         else:
             print("read", path.name, read.__name__)
 print(peak() - before)
@@ -447,12 +475,13 @@ def png_chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width, height, extra=b""):
+def png(width, height, extra=b"", pixels=bytes(9999)):
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra
-            + png_chunk(b"IDAT", zlib.compress(bytes(9999))))
+            + png_chunk(b"IDAT", zlib.compress(pixels)))
 
 
+@LINUX
 def test_bombs_are_refused_in_little_memory(tmp_path):
     write_bomb(tmp_path / "deflated.npz", zipfile.ZIP_DEFLATED)
     write_bomb(tmp_path / "deflated, claims little.npz", zipfile.ZIP_DEFLATED, claimed=1000)
@@ -465,7 +494,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
                                                        + bytes(2 ** 20))
     text = zlib.compress(bytes(BOMB))
     for name, content in {
-            "wide.png": png(2 ** 14, 2 ** 14), "wider.png": png(2 ** 30, 2 ** 30),
+            "large.png": png(10000, 10000, pixels=bytes(BOMB)), "wider.png": png(2 ** 30, 2 ** 30),
             "text.png": png(9000, 9000, png_chunk(b"zTXt", b"Comment\0\0" + text)),
             "profile.png": png(9000, 9000, png_chunk(b"iCCP", b"a\0\0" + text)),
             "wide.gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + bytes(99),
@@ -473,11 +502,12 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
             "wide.bmp": b"BM" + struct.pack("<IIIIiiHHIIIIII", 200, 0, 54, 40, 60000, 60000, 1, 24,
                                             0, 0, 0, 0, 0, 0) + bytes(99)}.items():
         (tmp_path / name).write_bytes(content)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ_ALL, PROGRAM.parent, tmp_path],
-                          capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", READ_ALL, PROGRAM.parent, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     *read, peak = done.stdout.splitlines()
-    assert not read and int(peak) < 100, done.stdout                     # MB
+    print(f"{peak} MB")
+    assert not read and int(peak) < 60, done.stdout
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -566,9 +596,9 @@ def test_a_huge_learning_rate_ends_in_one_line(toy_set, whole, tmp_path, capsys,
 def test_a_kernel_width_without_bounds_ends_in_one_line(tmp_path, kernel, log_sigma):
     model = small_model()
     model.crf.params[kernel][0] = log_sigma
-    with pytest.raises(FloatingPointError, match="joint: iteration 1: .*found .*try a smaller") as e:
+    with pytest.raises(FloatingPointError, match="joint: iteration 1: .*found .*smaller") as error:
         fit(model, tmp_path)
-    assert "\n" not in str(e.value) and not list(tmp_path.glob("*.npz"))
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.npz"))
 
 
 def test_a_kernel_much_wider_than_the_picture_is_fine(tmp_path):
@@ -597,6 +627,8 @@ def test_weights_of_0_leave_the_unary_scores_and_can_grow_again(tmp_path):
     for key, g in unary.net.grads.items():
         np.testing.assert_allclose(model.net.grads[key], g, rtol=1e-9, atol=1e-12)
     assert (model.crf.grads["w"] != 0).all() and (model.crf.grads["log_sigma_position"] == 0).all()
+    assert fit(model, tmp_path, stage="piecewise", rate=0)
+    assert model.crf.params["w"].tolist() == [0, 0]
 
 
 def test_out_of_memory_is_said_with_the_smaller_setting_to_try(tmp_path, monkeypatch):
@@ -665,7 +697,7 @@ else:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc/self/statm")
+@LINUX
 @pytest.mark.parametrize("kind", ["a run", "changing sizes"])
 def test_resident_memory_after_300_iterations_is_that_after_100(toy_set, tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", RESIDENT, PROGRAM.parent, PROGRAM.parent / "tests",
@@ -687,7 +719,8 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
         batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0, n_classes=6,
                               threads=threads)
-        losses = [float(training.train_step(model, optimiser, next(batches), 0, i)) for i in (1, 2, 3)]
+        losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
+                  for i in (1, 2, 3)]
         batches.close()
         results.append((losses, {key: p.copy() for key, p in optimiser.params.items()}))
     for losses, params in results[1:]:
@@ -738,10 +771,10 @@ def test_the_order_of_points_and_of_columns_does_not_matter():
     for seed in range(30):
         rng = np.random.default_rng(seed)
         n, d = int(rng.integers(2, 80)), int(rng.integers(1, 6))
-        features, x = rng.standard_normal((n, d)) * 3, rng.standard_normal((n, 4))
-        points, columns = rng.permutation(n), rng.permutation(4)
-        expected = PermutohedralLattice(features).filter(x)[points][:, columns]
-        found = PermutohedralLattice(features[points]).filter(x[points][:, columns])
+        features, x = rng.standard_normal((d, n)) * 3, rng.standard_normal((n, 4))
+        points, columns, sigma = rng.permutation(n), rng.permutation(4), np.ones(d)
+        expected = GaussianKernel(features, sigma).apply(x)[points][:, columns]
+        found = GaussianKernel(features[:, points], sigma).apply(x[points][:, columns])
         np.testing.assert_allclose(found, expected, atol=1e-10)
 
 

@@ -1,0 +1,46 @@
+"""The memory of a training step, as computed from the layers' caches and as measured."""
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from minicrf import optim, vgg
+
+
+@pytest.mark.parametrize("preset, batch_size", [("tiny", 16), ("fewer channels, large input", 6),
+                                                ("fewer channels, large input", 12)])
+def test_computed_memory_is_what_a_step_allocates(preset, batch_size, monkeypatch):
+    monkeypatch.setitem(vgg.PRESETS, "fewer channels, large input",
+                        dict(input_size=162, channels=(8, 8, 16, 16, 16), fc6=(7, 4), fc=64,
+                             dropout=0.5))
+    tracemalloc.start()
+    net = vgg.build(preset, 5)
+    optimiser = optim.SGD(net.params, net.grads, dict.fromkeys(net.params, 0.1),
+                          dict.fromkeys(net.params, 0.0))
+    x = np.ones((batch_size, 3, net.input_size, net.input_size), np.float32)
+    net.backward(net.forward(x, train=True) * 0)
+    measured = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert optimiser and vgg.training_bytes(net, batch_size) == pytest.approx(measured, rel=0.1)
+
+
+def test_the_papers_step_fits_the_papers_card():
+    """vgg16, batch of 20, 12 GB; the arrays are never made, only their sizes are asked for."""
+    net = vgg.build("tiny", 21)
+    sizes = vgg.PRESETS["vgg16"]
+    net.input_size, channels = sizes["input_size"], 3
+    for name, layer in net.layers.items():
+        if "w" in layer.params:
+            kernel = sizes["fc6"][0] if name == "fc6" else layer.kernel
+            if name == "fc6":
+                layer.kernel, layer.dilation, layer.padding = kernel, 4, (12, 12)
+            out = 21 if name == "fc8" else sizes["fc"] if name[0] == "f" else \
+                sizes["channels"][int(name[4]) - 1]
+            layer.params = {"w": np.broadcast_to(np.float32(0), (out, channels, kernel, kernel)),
+                            "b": np.broadcast_to(np.float32(0), out)}
+            channels = out
+        if name.startswith("drop"):
+            layer.rate = 0.5
+    assert sum(p.size for p in net.params.values()) == 134346581         # the real one's
+    assert net.output_size(306) == 40
+    assert vgg.training_bytes(net, 20) < 12e9
