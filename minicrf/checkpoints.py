@@ -30,9 +30,19 @@ def save(path, model, info, optimiser=None):
     info = {**info, "version": __version__, "preset": model.net.preset}
     arrays |= {"mean": model.mean, "scale": np.array(model.scale),
                "info": np.array(json.dumps(info))}
+    with replacing(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w", newline=None):
+    """A file to write into that takes the place of `path` once it is whole.
+
+    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
+    """
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, **arrays)
+        with open(f"{path}.tmp", mode, newline=newline) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)

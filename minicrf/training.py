@@ -13,7 +13,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoints, metrics, voc
+from . import checkpoints, figures, metrics, vgg, voc
 from .arrays import array_module, to_device, to_host
 from .losses import softmax_loss
 from .optim import SGD
@@ -23,6 +23,7 @@ from .vgg import seed_dropout
 # Pixels have a root mean square of about 60.  A layer bears steps that fall with the square of its
 # input, so a network that starts from scratch gets pixels over PIXEL_SCALE; ImageNet's has scale 1.
 PIXEL_SCALE = 60
+STAGES = ("unary", "piecewise", "joint")
 LARGEST_LOG_SIGMA = 50    # widths of e^50 pixels, or e^-50: learning has gone astray
 
 
@@ -53,6 +54,27 @@ class Model:
             return unary, None
         q = self.crf.forward(f, to_device(image, self.device), train=False)
         return unary, to_host(q.argmax(axis=-1)).astype(np.uint8)
+
+
+def load_model(path, classes=None, device="cpu"):
+    """(Model, arrays, info) from a checkpoint; the model's CRF is None after the unary stage.
+
+    classes: the class names it must have been trained for (None: any).  Raises ValueError or
+    OSError with one line.
+    """
+    arrays, info = checkpoints.read(path)
+    if classes is not None and info["classes"] != classes:
+        raise ValueError(f"{path}: found a network for {len(info['classes'])} classes "
+                         f"({', '.join(info['classes'][:3])} ...), expected the data set's "
+                         f"{len(classes)} ({', '.join(classes[:3])} ...)")
+    if info["stage"] not in STAGES or ("crf_w" in arrays) != (info["stage"] != "unary"):
+        crf = "a" if "crf_w" in arrays else "no"
+        raise ValueError(f"{path}: found stage {info['stage']!r} and {crf} CRF, expected one of "
+                         f"{', '.join(STAGES)}; a CRF in all but the first")
+    net = checkpoints.load_net(path, arrays, info)
+    crf = checkpoints.load_crf(path, arrays, info)
+    vgg.move(net, device)
+    return Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info
 
 
 def accumulate_gradients(model, batch, share, train_net=True):
@@ -166,7 +188,7 @@ def check_parameters(params):
 class Log:
     """log.csv: a row for each iteration, appended; a resumed run goes on behind its checkpoint."""
 
-    COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary")
+    COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")
 
     def __init__(self, path, model, stage, start):
         """Drops the rows of `stage` after iteration `start`: they will be computed again."""
@@ -176,11 +198,10 @@ class Log:
                 if row["stage"] != stage or int(row["iteration"]) <= start]
         columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
         self.columns = list(dict.fromkeys(columns))
-        with open(f"{path}.tmp", "w", newline="") as file:
+        with checkpoints.replacing(path, newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(f"{path}.tmp", path)
 
     def append(self, iteration, loss, rate, **values):
         row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
@@ -243,15 +264,16 @@ class Progress:
 
 @np.errstate(over="ignore", invalid="ignore")        # what is not finite is found in the loss
 def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations, batch_size,
-        micro_batch=None, drop=0.75, evaluate_every=50):
+        micro_batch=None, drop=0.75, evaluate_every=50, images=""):
     """Train one stage from iteration `start` to `iterations`; True when it got there.
 
-    batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve.
-    out: folder of log.csv and of STAGE.npz, the last state, and STAGE_best.npz, that of the best
-    mean IoU seen.  info: dict kept in checkpoints, "seed" among it; sets "iteration" and "best".
+    batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve, on the
+    validation images that `images` tells, such as "20/110".
+    out: folder of log.csv, curves.png, STAGE.npz, the last state, and STAGE_best.npz, that of the
+    best mean IoU seen.  info: dict kept in checkpoints, "seed" among it; sets "iteration", "best".
     drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
     iteration, saves, and returns False.  Raises FloatingPointError where a step cannot be computed
-    or its loss is not finite, MemoryError where memory is too small, both with one line.
+    or its loss is not finite, with one line.
     """
     path = os.path.join(out, stage)
     log = Log(os.path.join(out, "log.csv"), model, stage, start)
@@ -272,15 +294,11 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
                 raise FloatingPointError(
                     f"{stage}: iteration {iteration}: {error}; checkpoints written before are "
                     "kept; try a smaller --rate") from None
-            except MemoryError as error:
-                size = micro_batch or batch_size
-                raise MemoryError(
-                    f"{stage}: iteration {iteration}: out of memory with {size} images at a time; "
-                    f"try --micro-batch {max(size // 2, 1)} ({error})") from None
             miou = {}
             if iteration % evaluate_every == 0 or iteration == iterations:
                 miou = validate()
-            curve = {"miou": list(miou.values())[-1], "miou_unary": miou["unary"]} if miou else {}
+            curve = {"miou": list(miou.values())[-1], "miou_unary": miou["unary"],
+                     "images": images} if miou else {}
             log.append(iteration, loss, optimiser.scale, **curve)
             note = ", ".join(f"{method} mean IoU {value:.2f}" for method, value in miou.items())
             progress.update(iteration, loss, note)
@@ -293,6 +311,8 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
                 if better:
                     checkpoints.save(f"{path}_best.npz", model, info)
                 checkpoints.save(f"{path}.npz", model, info, optimiser)
+            if miou:
+                figures.curves(os.path.join(out, "curves.png"), read_log(log.path))
             if stop:
                 return False
         return True

@@ -147,7 +147,10 @@ def read_safetensors(path):
 
 
 def read_matconvnet(path):
-    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB."""
+    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB.
+
+    For files of known origin: scipy's own reader crashes on some that are damaged or nested deep.
+    """
     try:
         content = scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False,
                                    variable_names=["layers", "meta", "normalization"])
