@@ -4,17 +4,18 @@
     python run_voc.py --voc PATH/TO/VOC2012 --weights FILE --net largefov
 """
 import argparse
-import json
 import os
 import sys
+import zlib
 
 import numpy as np
+from tqdm import tqdm
 
-from minicrf import (DenseCRF, checkpoints, figures, metrics, pictures, toy, training, vgg, voc,
-                     weights)
+from minicrf import (DenseCRF, checkpoints, figures, metrics, pictures, reports, toy, training, vgg,
+                     voc, weights)
+from minicrf.__main__ import Parser
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 
-STAGES = ("unary", "piecewise", "joint")
 # Paper silent on iterations: as many as a laptop bears on the toy set, as DeepLab's on VOC.  What a
 # pixel hears from all others makes its marginals steeper in the scores: joint training bears a
 # twentieth of the unary rate, and starts at weights under those that are best with nothing learned.
@@ -24,11 +25,47 @@ VOC = dict(iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_si
            rate={"unary": 1.0, "piecewise": 0.05, "joint": 0.05}, evaluate_every=200)
 
 
+def number(expected, accept, kind=float):
+    """An argparse type for finite numbers that accept(number) takes; expected: them in words."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (value < float("inf") and accept(value)):
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+        return value
+    return parse
+
+
+COUNT = number("a whole number above 0", lambda x: x > 0, int)
+FROM_0 = number("a number, 0 or more", lambda x: x >= 0)
+WIDTH = number("a number above 0.001", lambda x: x > 0.001)
+SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+SEED = number("a whole number, 0 or more", lambda x: x >= 0, int)
+
+
+def default(name):
+    """What help says of an option that differs between the toy set and VOC."""
+    def words(value):
+        return (", ".join(f"{x:g} {stage}" for stage, x in value.items())
+                if isinstance(value, dict) else str(value))
+
+    return f"(default: {words(VOC[name])}; toy set: {words(TOY[name])})"
+
+
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        description="Train a network through a dense CRF. Without arguments: on a small drawn set.")
-    data = parser.add_argument_group("what to train on")
-    add = data.add_argument
+    parser = Parser(
+        prog="run_voc.py", usage="python run_voc.py [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a network through a dense CRF. Without options: on a small drawn set.",
+        epilog="examples:\n"
+        "  python run_voc.py\n"
+        "  python run_voc.py --voc VOCdevkit/VOC2012 --weights imagenet-vgg-verydeep-16.mat\n"
+        "  python run_voc.py --voc VOCdevkit/VOC2012 --resume\n"
+        "  python run_voc.py --voc VOCdevkit/VOC2012 --stage eval --train-list\n"
+        "  python run_voc.py --stage predict --image photo.jpg")
+    add = parser.add_argument_group("what to train on").add_argument
     add("--voc", metavar="DIR", help="the folder that holds JPEGImages (.../VOCdevkit/VOC2012); "
         "without it a toy set is drawn and used")
     add("--sbd", metavar="DIR", help="more training images: SBD's dataset folder (.mat files) or "
@@ -36,51 +73,57 @@ def parse_arguments(arguments=None):
     add("--check", action="store_true", help="list every problem of the data set, and do no more")
 
     add = parser.add_argument_group("what to do").add_argument
-    add("--stage", choices=(*STAGES, "eval", "predict"),
-        help="unary: the network alone; joint: network and CRF, from the unary checkpoint; "
-        "piecewise: the CRF alone; eval: Table 1; predict: --image (default: unary, then joint)")
+    add("--stage", choices=(*training.STAGES, "eval", "predict"),
+        help="unary: train the network alone; joint: network and CRF, from the unary checkpoint; "
+        "piecewise: the CRF alone; eval: Table 1 of what was trained; predict: label photographs "
+        "(default: unary, then joint)")
     add("--weights", metavar="FILE", help="unary: ImageNet weights (.npz, .mat, .safetensors) or "
-        "a checkpoint to train further; other stages: the checkpoint to start from "
-        "(default: OUT/unary.npz; eval and predict: the last stage in OUT)")
-    add("--net", choices=vgg.PRESETS, help="(default: vgg16 with --voc, otherwise tiny)")
+        "a checkpoint to train further (default: none); piecewise, joint: the checkpoint to start "
+        "from (default: OUT/unary.npz); eval: the one to measure (default: all in OUT); predict: "
+        "the one to use (default: the last stage in OUT)")
+    add("--net", choices=vgg.PRESETS, help="vgg16: the paper's; largefov: takes less memory; "
+        "tiny: of the toy set (default: vgg16; toy set: tiny)")
     add("--image", metavar="PATH", help="predict: a photograph, or a folder of them")
     add("--out", metavar="DIR", default="runs", help="where everything is written (default: runs)")
     add("--resume", action="store_true", help="go on where OUT/STAGE.npz stopped")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="(default: a GPU where there is one)")
-
     add("--tf32", action="store_true", help="round the factors of matrix products to 10 bits, on a "
         "GPU that is faster so")
 
     add = parser.add_argument_group("how to train").add_argument
-    add("--iterations", type=positive, metavar="N", help="updates in each stage that runs "
-        f"(default: toy {TOY['iterations']}, VOC {VOC['iterations']})".replace("'", ""))
-    add("--batch-size", type=positive, metavar="N", help="images in an update (default: "
-        f"{VOC['batch_size']}; toy {TOY['batch_size']})")
-    add("--micro-batch", type=positive, metavar="N",
+    add("--iterations", type=COUNT, metavar="N",
+        help=f"updates in each stage that runs {default('iterations')}")
+    add("--batch-size", type=COUNT, metavar="N",
+        help=f"images in an update {default('batch_size')}")
+    add("--micro-batch", type=COUNT, metavar="N",
         help="images that go through the network together (default: all); less takes less memory")
-    add("--rate", type=float, metavar="X", help="multiplies every learning rate "
-        f"(default: toy {TOY['rate']}, VOC {VOC['rate']})".replace("'", ""))
-    add("--drop", type=float, metavar="X", default=0.75,
+    add("--rate", type=FROM_0, metavar="X",
+        help=f"multiplies every learning rate {default('rate')}")
+    add("--drop", type=SHARE, metavar="X", default=0.75,
         help="share of the iterations after which learning rates fall to a tenth (default: 0.75)")
-    add("--evaluate-every", type=positive, metavar="N", help="iterations between evaluations")
-    add("--evaluate-images", type=positive, metavar="K",
-        help="validation images for the curve (default: all; results are always on all)")
-    add("--seed", type=int, default=0, help="of weights, order, dropout, toy set (default: 0)")
+    add("--evaluate-every", type=COUNT, metavar="N",
+        help=f"iterations between evaluations {default('evaluate_every')}")
+    add("--evaluate-images", type=COUNT, metavar="K",
+        help="validation images for the curve, the first K (default: all); results are on all")
+    add("--seed", type=SEED, default=0, metavar="N",
+        help="of weights, order, dropout and the toy set (default: 0)")
 
     add = parser.add_argument_group("where the CRF starts").add_argument
-    add("--w", type=float, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
+    add("--w", type=FROM_0, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
         help="kernel weights (default: 1 4)")
-    add("--sigma-position", type=float, default=3, metavar="PIXELS", help="(default: 3)")
-    add("--sigma-bilateral", type=float, nargs=2, default=(80, 13), metavar=("PIXELS", "COLOUR"),
-        help="(default: 80 13)")
+    add("--sigma-position", type=WIDTH, default=3, metavar="PIXELS",
+        help="width of the kernel of position (default: 3)")
+    add("--sigma-bilateral", type=WIDTH, nargs=2, default=(80, 13), metavar=("PIXELS", "COLOUR"),
+        help="widths of the kernel of position and colour (default: 80 13)")
 
-    add = parser.add_argument_group("eval").add_argument
+    add = parser.add_argument_group("what to measure").add_argument
     add("--also", metavar="DIR", nargs="+", default=[],
         help="more --out folders to compare with in the table, such as a control's")
     add("--train-list", action="store_true", help="evaluate on the training list as well")
-    add("--save-predictions", action="store_true", help="palette PNGs, as VOC's server takes them")
-    add("--band", type=positive, metavar="PIXELS", default=5,
+    add("--save-predictions", action="store_true",
+        help="eval: palette PNGs of the validation list, as VOC's server takes them")
+    add("--band", type=COUNT, metavar="PIXELS", default=5,
         help="also IoU this near to class boundaries (default: 5)")
     args = parser.parse_args(arguments)
     args.net = args.net or ("vgg16" if args.voc else "tiny")
@@ -90,15 +133,33 @@ def parse_arguments(arguments=None):
             setattr(args, name, defaults[name])
     for name in ("iterations", "rate"):      # one for each stage, unless one was given for all
         given = getattr(args, name)
-        setattr(args, name, {stage: default if given is None else given
-                             for stage, default in defaults[name].items()})
+        setattr(args, name, {stage: value if given is None else given
+                             for stage, value in defaults[name].items()})
     return args
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
-    return int(text)
+def check_options(args):
+    """Refuse what makes no sense together, before anything is done or written."""
+    if args.device == "gpu" and not gpu_available():
+        raise ValueError("--device: found gpu, but cupy finds no CUDA device; expected cpu or auto")
+    if args.stage == "predict" and not args.image:
+        raise ValueError("--image: found nothing, expected a photograph or a folder of them")
+    for option, other, wrong in (("--image", "--stage predict", args.stage != "predict"),
+                                 ("--save-predictions", "--stage eval", args.stage != "eval"),
+                                 ("--sbd", "--voc", not args.voc)):
+        if wrong and getattr(args, option[2:].replace("-", "_")):
+            raise ValueError(f"{option}: found it without {other}, expected both or none")
+    for folder in args.also:
+        if not reports.read_results(folder):
+            raise FileNotFoundError(f"--also: found no results.json in {folder}, expected the "
+                                    "--out folder of another run")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise PermissionError(0, "no permission")
+    except OSError as error:
+        raise OSError(f"--out: found {args.out} ({error.strerror}), expected a folder to write "
+                      "into") from None
 
 
 class Data:
@@ -110,8 +171,9 @@ class Data:
         self.train = voc.image_list(root, "train", sbd)
         self.val = voc.image_list(root, "val")
 
-    def samples(self, ids):
-        for image_id in ids:
+    def samples(self, ids, note=None):
+        """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
+        for image_id in tqdm(ids, note, unit="image", leave=False, disable=None if note else True):
             yield self.load(image_id)
 
     def load(self, image_id):
@@ -140,29 +202,14 @@ def unary_model(args, data, device):
 
 
 def start_crf(args, n_classes):
-    """The CRF as it is before it has learned anything."""
+    """The CRF as it is before it has learned anything: the options of its group."""
     spatial, colour = args.sigma_bilateral
     return DenseCRF(n_classes, w=args.w, sigma_position=(args.sigma_position,) * 2,
                     sigma_bilateral=(spatial,) * 2 + (colour,) * 3)
 
 
-def load_model(path, classes, device):
-    """(model, arrays, info) from a checkpoint of this project; its CRF is None after unary.
-
-    classes: the class names it must have been trained for (None: any).
-    """
-    arrays, info = checkpoints.read(path)
-    if classes is not None and info["classes"] != classes:
-        raise ValueError(f"{path}: found a network for {len(info['classes'])} classes "
-                         f"({', '.join(info['classes'][:3])} ...), expected the data set's "
-                         f"{len(classes)} ({', '.join(classes[:3])} ...)")
-    net = checkpoints.load_net(path, arrays, info)
-    crf = checkpoints.load_crf(path, arrays, info)
-    vgg.move(net, device)
-    return training.Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info
-
-
 def unary_checkpoint(args):
+    """The checkpoint that piecewise and joint training start from."""
     path = args.weights or os.path.join(args.out, "unary.npz")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: found no such file, expected a checkpoint of the unary "
@@ -170,50 +217,79 @@ def unary_checkpoint(args):
     return path
 
 
+def start_model(args, data, stage, device):
+    """(model, fresh layers, fingerprint of what it starts from) for a stage from its beginning."""
+    path = os.path.join(args.out, f"{stage}.npz")
+    if args.weights and os.path.exists(path) and os.path.samefile(args.weights, path):
+        raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
+                         "expected another --out, or --resume to go on")
+    if stage == "unary":
+        return *unary_model(args, data, device), None
+    model, arrays, _ = training.load_model(unary_checkpoint(args), data.classes, device)
+    model.crf = start_crf(args, len(data.classes))
+    return model, [], fingerprint(arrays)
+
+
+def fingerprint(arrays):
+    """A number that tells one trained network from another: of its top layer."""
+    return zlib.crc32(np.ascontiguousarray(arrays["fc8_w"]).tobytes())
+
+
+def resumed_model(args, data, stage, settings, device):
+    """(model, arrays, info) of OUT/STAGE.npz, once it is certain that it fits this run."""
+    path = os.path.join(args.out, f"{stage}.npz")
+    model, arrays, info = training.load_model(path, data.classes, device)
+    found = info["stage"], info.get("seed"), info.get("settings")
+    if found != (stage, args.seed, settings):
+        raise ValueError(f"{path}: found a {found[0]} run with seed {found[1]} and {found[2]}, "
+                         f"expected {stage}, {args.seed} and {settings}: --resume goes on with "
+                         "the same settings")
+    start = args.weights or os.path.join(args.out, "unary.npz")
+    if stage != "unary" and info.get("start") and os.path.exists(start):
+        if info["start"] != fingerprint(checkpoints.read(start)[0]):
+            raise ValueError(f"{path}: found a run that started from another checkpoint than "
+                             f"{start}; expected the same to go on, or --stage {stage} without "
+                             "--resume to start anew")
+    return model, arrays, info
+
+
 def run_stage(args, data, stage, device):
-    """Train one stage and evaluate it on the whole validation list; False when interrupted."""
+    """Train one stage to its end; returns the model, or None when interrupted."""
     path = os.path.join(args.out, f"{stage}.npz")
     settings = {"batch_size": args.batch_size, "micro_batch": args.micro_batch,
                 "rate": args.rate[stage], "drop": args.drop}
     start = 0
     if args.resume and os.path.exists(path):
-        model, arrays, info = load_model(path, data.classes, device)
-        if (info["stage"], info["seed"], info["settings"]) != (stage, args.seed, settings):
-            raise ValueError(f"{path}: found a {info['stage']} run with seed {info['seed']} and "
-                             f"{info['settings']}, expected {stage}, {args.seed} and {settings}: "
-                             "--resume goes on with the same settings")
+        model, arrays, info = resumed_model(args, data, stage, settings, device)
         start = info["iteration"]
     else:
-        if stage == "unary":
-            model, fresh = unary_model(args, data, device)
-        else:
-            model, _, _ = load_model(unary_checkpoint(args), data.classes, device)
-            model.crf, fresh = start_crf(args, len(data.classes)), []
+        model, fresh, origin = start_model(args, data, stage, device)
         info = {"stage": stage, "classes": data.classes, "seed": args.seed, "fresh": fresh,
-                "settings": settings, "arguments": vars(args)}
+                "settings": settings, "start": origin, "arguments": vars(args)}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if start:
         checkpoints.load_velocity(path, arrays, optimiser)
-        print(f"{stage}: going on after iteration {start}")
+        print(f"{stage}: going on after iteration {start} of {args.iterations[stage]}")
 
     batches = voc.batches(data.root, data.train, args.batch_size, args.seed,
                           start * args.batch_size, data.sbd, len(data.classes))
     shown = data.val[:args.evaluate_images]
 
     def validate():
-        counts = training.evaluate(model, data.samples(shown), len(data.classes), band=0)
+        counts = training.evaluate(model, data.samples(shown, "evaluation"), len(data.classes),
+                                   band=0)
         return {method: metrics.mean_iou(each.sum(axis=0)) for method, each in counts.items()}
 
     done = training.fit(model, stage, optimiser, batches, validate, args.out, info, start=start,
                         iterations=args.iterations[stage], batch_size=args.batch_size,
                         micro_batch=args.micro_batch, drop=args.drop,
-                        evaluate_every=args.evaluate_every)
+                        evaluate_every=args.evaluate_every,
+                        images=f"{len(shown)}/{len(data.val)}")
     if not done:
         print(f"{stage}: stopped after iteration {info['iteration']} and saved to {path}; "
               "--resume goes on")
-        return False
-    evaluate_stage(args, data, stage, model)
-    return True
+        return None
+    return model
 
 
 def print_crf(crf):
@@ -226,183 +302,107 @@ def print_crf(crf):
 
 
 def evaluate_stage(args, data, stage, model):
-    """Final figures of one stage on the validation list, into results.json and confusions."""
-    counts = training.evaluate(model, data.samples(data.val), len(data.classes), args.band)
-    final = "crf" if model.crf is not None else "unary"
-    results = read_results(args.out)
-    entry = summary(counts[final], counts[f"{final}_band"], data.classes)
-    if final == "crf":
-        entry["miou_before_crf"] = metrics.mean_iou(counts["unary"].sum(axis=0))
+    """Final figures of one stage into results.json; returns the truth's pixels, (images, L)."""
+    def measure(ids, name):
+        counts = training.evaluate(model, data.samples(ids, f"{stage} on the {name} list"),
+                                   len(data.classes), args.band)
+        return counts, reports.summary(counts, stage, data.classes, args.band)
+
+    counts, entry = measure(data.val, "validation")
+    if args.train_list:
+        entry["train"] = measure(data.train, "training")[1]
+    if stage != "unary":
         print(f"{stage}: the CRF's parameters")
         print_crf(model.crf)
-    if args.train_list:
-        train = training.evaluate(model, data.samples(data.train), len(data.classes), args.band)
-        entry["train"] = summary(train[final], train[f"{final}_band"], data.classes)
-    results[stage] = entry
-    write(os.path.join(args.out, "results.json"), json.dumps(results, indent=1))
-    with open(os.path.join(args.out, f"{stage}_val.npz.tmp"), "wb") as file:
-        np.savez_compressed(file, confusion=counts[final], ids=np.array(data.val))
-    os.replace(file.name, file.name[:-len(".tmp")])
+    reports.record(args.out, stage, entry, counts, data.val)
+    return counts["unary"].sum(axis=-1)
 
 
-def summary(confusion, band, classes):
-    """What results.json holds of a stage: percent, null for classes absent from the truth."""
-    def finite(x):
-        return None if np.isnan(x) else round(float(x), 4)
-
-    each = metrics.iou(confusion.sum(axis=0))
-    return {"miou": finite(metrics.mean_iou(confusion.sum(axis=0))),
-            "iou": {name: finite(x) for name, x in zip(classes, each)},
-            "miou_band": finite(metrics.mean_iou(band.sum(axis=0)))}
-
-
-def read_results(out):
-    path = os.path.join(out, "results.json")
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path) as file:
-            results = json.load(file)
-        if not isinstance(results, dict):
-            raise ValueError("not an object")
-        return results
-    except ValueError as error:
-        raise ValueError(f"{path}: found no JSON object ({error}), expected results of an earlier "
-                         "run; move it away to start anew") from None
-
-
-def write(path, text):
-    """Write a text file beside and rename it."""
-    with open(f"{path}.tmp", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
-
-
-def report(args, data):
-    """table.txt, curves.png, and how sure the differences are (paired bootstrap over images)."""
-    columns, confusions = {}, {}
-    for out in [args.out, *args.also]:
-        for stage, entry in read_results(out).items():
-            name = stage
-            if out != args.out:
-                name += f" ({os.path.basename(os.path.normpath(out))})"
-            columns[name] = entry
-            path = os.path.join(out, f"{stage}_val.npz")
-            if os.path.exists(path):
-                arrays = weights.read_npz(path)
-                if list(arrays["ids"]) == data.val:
-                    confusions[name] = arrays["confusion"]
-    order = [name for stage in STAGES for name in columns if name.split()[0] == stage]
-    text = f"Validation list, {len(data.val)} images\n"
-    text += figures.table({name: columns[name] for name in order}, data.classes)
-    band = {name: columns[name]["miou_band"] for name in order}          # None: no boundaries
-    text += f"near boundaries ({args.band} pixels): " + ", ".join(
-        f"{name} {'-' if x is None else format(x, '.1f')}" for name, x in band.items()) + "\n"
-    best = order[-1]
-    for name in order[:-1]:
-        if {name, best} <= confusions.keys():
-            difference, (low, high), share = metrics.bootstrap_difference(
-                confusions[best], confusions[name])
-            text += (f"{best} - {name}: {difference:+.2f} points, 95% interval {low:+.2f} to "
-                     f"{high:+.2f}, above 0 in {100 * share:.1f}% of bootstrap samples\n")
-    with_train = {name: columns[name]["train"] for name in order if "train" in columns[name]}
-    if with_train:
-        text += f"\nTraining list, {len(data.train)} images\n"
-        text += figures.table(with_train, data.classes)
-    write(os.path.join(args.out, "table.txt"), text)
-    print(text, end="")
-    figures.curves(os.path.join(args.out, "curves.png"),
-                   training.read_log(os.path.join(args.out, "log.csv")))
-
-
-def draw_panels(args, data, device, rows=4):
-    """panels/best.png and worst.png: the validation images the last stage did best and worst."""
-    stages = [stage for stage in STAGES if os.path.exists(os.path.join(args.out, f"{stage}.npz"))
-              and os.path.exists(os.path.join(args.out, f"{stage}_val.npz"))]
-    if not stages:
-        return
-    each = weights.read_npz(os.path.join(args.out, f"{stages[-1]}_val.npz"))["confusion"]
-    score = np.array([metrics.mean_iou(c) for c in each])
-    order = np.argsort(-score)
-    chosen = {"best": order[:rows], "worst": order[::-1][:rows]}
-    drawn = {}
-    for stage in stages:
-        if stage == "piecewise" and "joint" in stages:
-            continue
-        model, _, _ = load_model(os.path.join(args.out, f"{stage}.npz"), data.classes, device)
-        for i in {*chosen["best"], *chosen["worst"]}:
-            image, truth = data.load(data.val[i])
-            row = drawn.setdefault(i, {"image": image, "labels": truth, "name": data.val[i],
-                                       "predictions": {}})
-            labels = [p for p in model.predict(image) if p is not None][-1]
-            iou = metrics.mean_iou(metrics.confusion_matrix(truth, labels, len(data.classes)))
-            row["predictions"][stage] = labels, iou
-    os.makedirs(os.path.join(args.out, "panels"), exist_ok=True)
-    for name, indices in chosen.items():
-        path = os.path.join(args.out, "panels", f"{name}.png")
-        figures.panel(path, [drawn[i] for i in indices], data.classes,
-                      title=f"The {len(indices)} {name} validation images")
-        print(f"wrote {path}")
+def checkpoints_in(out):
+    """The checkpoints in a folder by stage, in the order of training."""
+    paths = {stage: os.path.join(out, f"{stage}.npz") for stage in training.STAGES}
+    return {stage: path for stage, path in paths.items() if os.path.exists(path)}
 
 
 def evaluate_checkpoints(args, data, device):
-    """Stage eval: Table 1 for --weights, or for every checkpoint in OUT."""
-    paths = [args.weights] if args.weights else [
-        path for stage in STAGES if os.path.exists(path := os.path.join(args.out, f"{stage}.npz"))]
-    if not paths:
+    """Stage eval: measure --weights, or every checkpoint in OUT; returns (paths by stage, truth).
+
+    After unary training also with a CRF that has learned nothing.
+    """
+    there = checkpoints_in(args.out)
+    if not (args.weights or there):
         raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
                                 "piecewise.npz or joint.npz, or one named with --weights")
-    for path in paths:
-        model, _, info = load_model(path, data.classes, device)
-        evaluate_stage(args, data, info["stage"], model)
+    for path in [args.weights] if args.weights else there.values():
+        model, _, info = training.load_model(path, data.classes, device)
+        stage = info["stage"]
+        if stage in there and not os.path.samefile(path, there[stage]):
+            raise ValueError(f"--out: found {there[stage]}, whose results those of {path} would "
+                             "replace; expected another folder")
+        there[stage] = path
+        if model.crf is None:
+            model.crf = start_crf(args, len(data.classes))
+        truth = evaluate_stage(args, data, stage, model)
         if args.save_predictions:
-            folder = os.path.join(args.out, "predictions", info["stage"])
+            folder = os.path.join(args.out, "predictions", stage)
             os.makedirs(folder, exist_ok=True)
-            for image_id, (image, _) in zip(data.val, data.samples(data.val)):
-                labels = [p for p in model.predict(image) if p is not None][-1]
+            for image_id, (image, _) in zip(data.val, data.samples(data.val, "label pictures")):
+                labels = model.predict(image)[stage != "unary"]
                 voc.save_labels(os.path.join(folder, f"{image_id}.png"), labels)
             print(f"wrote {len(data.val)} label pictures to {folder}")
+    return there, truth
+
+
+def report(args, data, paths, truth, device):
+    """Table 1, printed and in table.txt, curves.png and panels/."""
+    print(reports.table(args.out, args.also, data, truth), end="")
+    names = [*map(os.path.basename, checkpoints_in(args.out).values()), "results.json", "table.txt"]
+    log = training.read_log(os.path.join(args.out, "log.csv"))
+    if log:
+        names += ["log.csv", "curves.png"]
+        figures.curves(os.path.join(args.out, "curves.png"), log)
+    names += reports.panels(args.out, paths, data, truth, device)
+    print(f"in {args.out}: {', '.join(names)}")
 
 
 def predict(args, device):
-    """Stage predict: label PNG, overlay PNG and class summary for photographs."""
-    if not args.image:
-        raise ValueError("--image: found nothing, expected a photograph or a folder of them")
-    paths = [args.weights] if args.weights else [
-        path for stage in reversed(STAGES)
-        if os.path.exists(path := os.path.join(args.out, f"{stage}.npz"))]
+    """Stage predict: label PNG, overlay PNG and class summary for photographs of any size."""
+    paths = [args.weights] if args.weights else [*checkpoints_in(args.out).values()][-1:]
     if not paths:
-        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected one, or --weights")
-    model, _, info = load_model(paths[0], None, device)
+        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
+                                "piecewise.npz or joint.npz, or one named with --weights")
+    photographs = pictures.find_photographs(args.image)
+    model, _, info = training.load_model(paths[0], device=device)
     folder = os.path.join(args.out, "predictions")
     os.makedirs(folder, exist_ok=True)
-    photographs = pictures.find_photographs(args.image)
-    failed = 0
+    skipped = 0
     for path in photographs:
         try:
             image = pictures.read_photograph(path)
         except (ValueError, OSError) as error:
+            if not os.path.isdir(args.image):
+                raise
             print(f"skipped: {error}", file=sys.stderr)
-            failed += 1
+            skipped += 1
             continue
         small = pictures.shrink(image)       # a CRF variable a pixel: at most a million of them
-        labels = [p for p in model.predict(small) if p is not None][-1]
+        labels = [found for found in model.predict(small) if found is not None][-1]
         labels = pictures.enlarge(labels, image.shape[:2])
         name = os.path.join(folder, os.path.basename(path))
         voc.save_labels(f"{name}.labels.png", labels)
         figures.save(figures.overlay(image, labels), f"{name}.overlay.png")
         share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size
         print(f"{path}: " + ", ".join(f"{info['classes'][i]} {100 * share[i]:.1f}%"
-                                      for i in np.argsort(-share) if share[i] > 0.001))
-    print(f"wrote {len(photographs) - failed} label pictures and overlays to {folder}")
-    if failed == len(photographs):
-        raise ValueError(f"{args.image}: found no readable photograph among {failed}")
+                                      for i in np.argsort(-share) if share[i] >= 0.001))
+    if skipped == len(photographs):
+        raise ValueError(f"--image: found no readable photograph among {skipped} in {args.image}")
+    print(f"wrote NAME.labels.png and NAME.overlay.png of {len(photographs) - skipped} photographs "
+          f"to {folder}")
 
 
 def run(args):
     """What the command line asks for; returns the exit code."""
-    if args.device == "gpu" and not gpu_available():
-        raise ValueError("--device: found gpu, but cupy finds no CUDA device; expected cpu or auto")
+    check_options(args)
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     use_tf32(args.tf32)
     if args.stage == "predict":
@@ -419,17 +419,18 @@ def run(args):
     data = Data(args.voc, args.sbd)
     print(f"{args.voc}: {len(data.train)} training and {len(data.val)} validation images, "
           f"{len(data.classes)} classes; on the {device}")
-    os.makedirs(args.out, exist_ok=True)
     if args.stage == "eval":
-        evaluate_checkpoints(args, data, device)
+        paths, truth = evaluate_checkpoints(args, data, device)
     else:
         for stage in [args.stage] if args.stage else ["unary", "joint"]:
-            if not run_stage(args, data, stage, device):
+            model = run_stage(args, data, stage, device)
+            if model is None:
                 return 130
+            truth = evaluate_stage(args, data, stage, model)
             if not args.stage:
                 args.weights = None          # named where unary starts; joint starts from OUT
-    report(args, data)
-    draw_panels(args, data, device)
+        paths = checkpoints_in(args.out)
+    report(args, data, paths, truth, device)
     if device == "gpu":
         print(f"peak GPU memory: {peak_memory() / 2 ** 30:.2f} GiB")
     return 0
@@ -439,8 +440,11 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     try:
         return run(args)
+    except KeyboardInterrupt:                # outside training, which saves before it stops
+        print("run_voc.py: stopped; checkpoints written before are kept", file=sys.stderr)
+        return 130
     except MemoryError:                      # CuPy's OutOfMemoryError is one
-        size = args.micro_batch or args.batch_size
+        size = 1 if args.stage in ("eval", "predict") else args.micro_batch or args.batch_size
         smaller = f"--micro-batch {size // 2}" if size > 1 else "--net largefov or --device cpu"
         error = f"found too little memory for {size} images at a time; try {smaller}"
     except (ValueError, OSError, FloatingPointError) as raised:

@@ -15,8 +15,8 @@ Read the files in this order, each resting on those before it:
     training        one step, two stages, evaluation                        Figs. 1 and 3
 
 The rest is plumbing: voc, toy, weights, checkpoints and pictures read and write files; metrics
-counts; figures draws; __main__ is the CRF on the command line.  README.md, "The lesson", goes
-through the mathematics in the same order.
+counts; figures draws; reports sums up a run; __main__ is the CRF on the command line.  README.md,
+"The lesson", goes through the mathematics in the same order.
 """
 __version__ = "0.1.0"
 

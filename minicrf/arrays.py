@@ -32,16 +32,14 @@ def sparse_module(x):
 
 
 def for_each(function, items, x):
-    """Call function(item) for each item, where the work is on the array x: on the CPU in threads.
+    """[function(item) for each item], where the work is on the array x: on the CPU in threads.
 
     NumPy and SciPy release the interpreter lock.  No call may write what another one reads or
-    writes: then the result is the same for any number of threads.
+    writes: then the result is the same for any number of threads.  Nor may it call for_each itself.
     """
     if array_module(x) is np and len(items) > 1 and x.size > SMALL:
-        list(POOL.map(function, items))
-    else:
-        for item in items:
-            function(item)
+        return list(POOL.map(function, items))
+    return [function(item) for item in items]
 
 
 def gpu_available():

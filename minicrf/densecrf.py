@@ -3,18 +3,15 @@
     q^0 = softmax(f);   z^t = f + sum_m w_m K_m q^(t-1);   q^t = softmax(z^t),   t = 1..T
 Legend: H x W pixels, N = H*W, C image channels, L labels, M kernels, T mean-field steps.
 """
-import os
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 
-from .arrays import array_module, to_host
+from .arrays import array_module, for_each, to_host
 from .kernels import GaussianKernel
 from .losses import VOID, softmax
 
-THREADS = min(4, os.cpu_count() or 1)   # NumPy and SciPy release the interpreter lock
 BLOCK = 2**13           # pixels that one thread updates at a time: small enough for its cache
 CACHED_KERNELS = 4      # position kernels kept: they depend on the image's size and sigma alone
 
@@ -88,7 +85,7 @@ class DenseCRF:
         kernels = self._kernels(f, scores.shape[:2], image)
         w = [float(w_m) for w_m in self.params["w"]]
         self_weight = _self_weight(w, kernels, f)                            # (N, 1)
-        blocks, threads = _blocks(f), _threads(f)
+        blocks = _blocks(f)
 
         logits = f.copy()                                                    # (N, L)
         q = softmax(f)                                                       # (N, L)
@@ -96,7 +93,7 @@ class DenseCRF:
         for t in range(self.iterations):
             if train:
                 steps.append(q)
-            spread = _run([partial(kernel.K_hat.spread, q) for kernel in kernels], threads)
+            spread = for_each(lambda kernel: kernel.K_hat.spread(q), kernels, q)
             q, q_before = xp.empty_like(q), q
 
             def update(rows):
@@ -106,7 +103,7 @@ class DenseCRF:
                 if t == self.iterations - 1:
                     logits[rows] = z
                 q[rows] = _softmax(z, best[rows])
-            _run([partial(update, rows) for rows in blocks], threads)
+            for_each(update, blocks, q)
 
         self.logits = logits.reshape(scores.shape)                           # (H, W, L)
         self._saved = (kernels, steps, q) if train else None
@@ -128,7 +125,7 @@ class DenseCRF:
         dz = dz.reshape(q.shape)                                             # (N, L)
         xp = array_module(dz)
         w = [float(w_m) for w_m in self.params["w"]]
-        blocks, threads = _blocks(dz), _threads(dz)
+        blocks = _blocks(dz)
         self_weight = _self_weight(w, kernels, dz)                           # (N, 1)
         weighted = [kernel.weighted() for kernel in kernels]
         # what the gradients of w and sigma are linear in, summed over steps and labels
@@ -145,7 +142,7 @@ class DenseCRF:
                 tasks.append(partial(kernel.K_hat.spread, q))
                 tasks.append(partial(kernel.K_hat.spread_transpose, dz))
                 tasks += [partial(G.inner, dz, q) for G in filters]
-            results = iter(_run(tasks, threads))
+            results = iter(for_each(lambda task: task(), tasks, dz))
             spread, spread_back = [], []
             for m, filters in enumerate(weighted):
                 spread.append(next(results))
@@ -164,7 +161,7 @@ class DenseCRF:
                 product[rows] += _row_dots(dz[rows], q[rows])
                 # forward: q^(t-1) = softmax(z^(t-1))
                 dz_before[rows] = _through_softmax(dq, q[rows])
-            _run([partial(update, rows) for rows in blocks], threads)
+            for_each(update, blocks, dz)
             dz = dz_before
         # forward: z^0 = f
         df += dz
@@ -230,7 +227,7 @@ class DenseCRF:
             return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
 
         build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
-        return _run([build[name] for name in self._sigma_names()], _threads(f))
+        return for_each(lambda name: build[name](), self._sigma_names(), f)
 
 
 def scores_from_probabilities(p, floor=1e-6):
@@ -326,19 +323,3 @@ def _blocks(values):
     """Slices of rows that can be updated one by one; a GPU does best with all at once."""
     size = BLOCK if array_module(values) is np else len(values)
     return [slice(start, min(start + size, len(values))) for start in range(0, len(values), size)]
-
-
-def _threads(values):
-    """How many threads: one on a GPU, and where the work takes no longer than to start a second."""
-    return THREADS if array_module(values) is np and len(values) > BLOCK else 1
-
-
-def _run(tasks, threads):
-    """Results of the functions in `tasks`.
-
-    No task adds into what another writes: the result is the same for any number of threads.
-    """
-    if threads == 1:
-        return [task() for task in tasks]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda task: task(), tasks))

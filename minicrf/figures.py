@@ -5,6 +5,7 @@ Legend: H x W pixels, L labels; labels (H, W) are 0..L-1 or VOID; IoU in percent
 """
 import math
 import os
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -79,8 +80,8 @@ def panel(path, rows, names, width=260, title=""):
 def curves(path, log, size=(1000, 420)):
     """Figure 4: validation mean IoU over the iterations; on the left unary, on the right joint.
 
-    log: rows of log.csv, dicts with "stage", "iteration" and "miou"; rows with an empty miou are
-    passed over.  The best unary value is a dashed line in the plot on the right.
+    log: rows of log.csv, dicts with "stage", "iteration", "miou" and "images", such as "20/110";
+    rows with an empty miou are passed over.  The best unary value is a dashed line on the right.
     """
     points = {stage: [(int(row["iteration"]), float(row["miou"])) for row in log
                       if row["stage"] == stage and row.get("miou") not in ("", None)]
@@ -92,32 +93,43 @@ def curves(path, log, size=(1000, 420)):
     high = min(100, math.ceil((max(values) + step / 4) / step) * step)
     canvas = Image.new("RGB", size, PAPER)
     best = max((v for _, v in points["unary"]), default=None)
+    images = {stage: _images(log, stage) for stage in points}
     for number, (stage, colour) in enumerate((("unary", BLUE), ("joint", ORANGE))):
         left = number * size[0] // 2
-        box = (left + 70, 46, left + size[0] // 2 - 24, size[1] - 88)
-        _plot(canvas, box, points[stage], colour, stage, (low, high, step),
-              best if stage == "joint" else None)
+        box = (left + 56, 64, left + size[0] // 2 - 24, size[1] - 88)
+        level = () if stage == "unary" or best is None else (
+            best, f"best unary, {best:.1f}"
+            + (" on other images" if points["joint"] and len({*images.values()}) > 1 else ""))
+        _plot(canvas, box, points[stage], colour, (stage, images[stage]), (low, high, step), level)
     save(canvas, path)
 
 
 def table(results, names):
-    """Table 1 as text: a line for each class, a column for each method, the mean below.
+    """Table 1 as text: a line for each class, a column for each method, the means below.
 
-    results: dict from method to {"miou": percent, "iou": {class name: percent or None}}, as in
-    results.json.  Classes absent from the truth are shown as "-".
+    results: dict from method to {"miou": percent, "iou": {class name: percent or None}} and
+    optionally "miou_band" within "band" pixels of class boundaries, as in results.json.  Classes
+    absent from the truth are shown as "-".  A method's first word heads its column.
     """
-    first = max(len("mean IoU"), *map(len, names))
-    widths = [max(7, len(method)) for method in results]
-    lines = ["IoU, %".ljust(first) + "".join(f"  {m:>{w}}" for m, w in zip(results, widths))]
+    bands = sorted({result["band"] for result in results.values() if "band" in result})
+    rows = [(name, [result["iou"].get(name) for result in results.values()]) for name in names]
+    means = [("mean IoU", [result["miou"] for result in results.values()])]
+    means += [(f"within {band} px", [result["miou_band"] if result.get("band") == band else None
+                                     for result in results.values()]) for band in bands]
+    heads = [[method.split()[0], *textwrap.wrap(" ".join(method.split()[1:]), 11)]
+             for method in results]
+    first = max(len(name) for name, _ in rows + means)
+    widths = [max(7, *map(len, head)) for head in heads]
+
+    def line(name, cells):
+        return name.ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths))
+
+    lines = [line("" if i else "IoU, %", [head[i] if i < len(head) else "" for head in heads])
+             for i in range(max(map(len, heads)))]
     rule = "-" * len(lines[0])
-    lines.append(rule)
-    for name in names:
-        cells = [_percent(result["iou"].get(name)) for result in results.values()]
-        lines.append(name.ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths)))
-    lines.append(rule)
-    cells = [_percent(result["miou"]) for result in results.values()]
-    lines.append("mean IoU".ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths)))
-    return "\n".join(lines) + "\n"
+    rows, means = ([line(name, map(_percent, values)) for name, values in part]
+                   for part in (rows, means))
+    return "\n".join([*lines, rule, *rows, rule, *means]) + "\n"
 
 
 def save(canvas, path):
@@ -127,9 +139,21 @@ def save(canvas, path):
     os.replace(f"{path}.tmp", path)
 
 
-def _plot(canvas, box, points, colour, title, y_axis, level):
-    """One plot of Figure 4 within box (left, top, right, bottom), in pixels."""
+def _images(log, stage):
+    """What a stage's curve was measured on, as its log says."""
+    found = dict.fromkeys(row.get("images") for row in log if row["stage"] == stage)
+    counts = [text.split("/") for text in found if text]
+    words = ["all" if k == n else f"the first {k} of" for k, n in counts]
+    return f"{' or '.join(words)} {counts[-1][1]} validation images" if counts else ""
+
+
+def _plot(canvas, box, points, colour, titles, y_axis, level):
+    """One plot of Figure 4 within box (left, top, right, bottom), in pixels.
+
+    titles: the stage, the images; y_axis: low, high, step; level: (percent, text) of a dashed line.
+    """
     draw = ImageDraw.Draw(canvas)
+    title, images = titles
     left, top, right, bottom = box
     low, high, step_y = y_axis
     last = max([x for x, _ in points], default=0) or 1
@@ -147,20 +171,21 @@ def _plot(canvas, box, points, colour, title, y_axis, level):
         draw.line([(at(x, low)[0], bottom), (at(x, low)[0], bottom + 5)], INK)
         draw.text((at(x, low)[0], bottom + 8), f"{x}", INK, _font(15), "ma")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    draw.text(((left + right) / 2, top - 14), f"{title} training", INK, _font(18), "ms")
+    draw.text(((left + right) / 2, top - 38), f"{title} training", INK, _font(18), "ms")
     draw.text(((left + right) / 2, bottom + 32), "iteration", INK, _font(16), "ma")
-    draw.text((left - 52, top - 14), "mean IoU, %", INK, _font(15), "ls")
+    draw.text((left - 38, top - 14), f"mean IoU, %{images and ', on '}{images}", INK, _font(15),
+              "ls")
     line = [at(*p) for p in points]
     draw.line(line, colour, 3, joint="curve")
     for x, y in line:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
     best = f"best {max(y for _, y in points):.1f}" if points else "not trained yet"
     entries = [(f"{title}, {best}", colour, False)]
-    if level is not None:
-        y = at(0, level)[1]
+    if level:
+        y = at(0, level[0])[1]
         for x in range(left, right, 12):
             draw.line([(x, y), (min(x + 7, right), y)], BLUE, 2)
-        entries.append((f"best unary, {level:.1f}", BLUE, True))
+        entries.append((level[1], BLUE, True))
     _plot_legend(draw, left, bottom + 68, entries)
 
 
@@ -180,7 +205,7 @@ def _legend(draw, left, top, row, names):
     present = sorted(np.flatnonzero(counts), key=lambda label: (label == VOID, -counts[label]))
     colours = palette(256)
     for number, label in enumerate(present):
-        name = "not scored" if label == VOID else names[label]
+        name = "void (not scored)" if label == VOID else names[label]
         step = 38 + draw.textlength(name, _font(15))
         if left + step > draw.im.size[0] - 80 and number < len(present) - 1:
             draw.text((left, top + 8), f"and {len(present) - number} more", INK, _font(15), "lm")

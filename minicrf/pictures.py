@@ -43,7 +43,8 @@ def find_photographs(path):
     if not os.path.isdir(path):
         return [path]
     found = sorted(os.path.join(path, name) for name in os.listdir(path)
-                   if name.lower().endswith(ENDINGS))
+                   if name.lower().endswith(ENDINGS)
+                   and not os.path.isdir(os.path.join(path, name)))
     if not found:
         raise FileNotFoundError(f"{path}: found no photographs, expected files ending in "
                                 f"{', '.join(ENDINGS)}")

@@ -1,8 +1,10 @@
 """The CRF against Eq. 5 in dense matrices, its gradients against finite differences."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from minicrf import densecrf
+from minicrf import arrays, densecrf
 from minicrf.densecrf import DenseCRF, scores_from_labels, scores_from_probabilities
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.losses import softmax, softmax_loss
@@ -150,7 +152,8 @@ def test_blocks_and_threads_change_no_bit(monkeypatch):
     results = []
     for block, threads in ((64, 1), (64, 2), (64, 3)):
         monkeypatch.setattr(densecrf, "BLOCK", block)
-        monkeypatch.setattr(densecrf, "THREADS", threads)
+        monkeypatch.setattr(arrays, "POOL", ThreadPoolExecutor(threads))
+        monkeypatch.setattr(arrays, "SMALL", 0)
         crf = DenseCRF(L, sigma_bilateral=(9., 9., 90., 90., 90.))
         _, df = loss_and_gradient(crf, scores, image, labels)
         results.append((crf.logits, df, *crf.grads.values()))

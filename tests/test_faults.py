@@ -713,7 +713,6 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
     monkeypatch.setattr(densecrf, "BLOCK", 100)    # so that small pictures use threads at all
     results = []
     for threads in (1, 2, 4):
-        monkeypatch.setattr(densecrf, "THREADS", threads)
         monkeypatch.setattr(arrays, "POOL", ThreadPoolExecutor(threads))
         monkeypatch.setattr(arrays, "SMALL", 0 if threads > 1 else 2 ** 60)
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)

@@ -1,4 +1,6 @@
 """Pictures and tables: what is drawn is where it belongs, and says what it should."""
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -117,17 +119,55 @@ def test_curves_of_odd_logs_are_drawn(tmp_path, rows):
     assert pixels(tmp_path / "curves.png").shape == (420, 1000, 3)
 
 
-def test_table_is_aligned_and_shows_absent_classes():
-    results = {method: {"miou": 51.87, "iou": {name: 50.123 for name in voc.CLASS_NAMES}}
-               for method in ("unary", "unary, trained longer", "piecewise", "joint")}
+@pytest.mark.parametrize("images, words", [
+    (["20/110"], "the first 20 of 110 validation images"),
+    (["110/110", ""], "all 110 validation images"), ([None, ""], ""),
+    (["20/110", "110/110"], "the first 20 of or all 110 validation images")])
+def test_curves_say_which_images_they_are_of(images, words):
+    rows = [dict(stage="joint", images=text) for text in images]
+    assert figures._images(rows, "joint") == words
+    assert figures._images(rows, "unary") == ""
+
+
+def test_a_line_measured_on_other_images_is_called_so(tmp_path):
+    rows = log("unary", [10, 30]) + log("joint", [42, 47])
+    widths = []
+    for images in ("20/20", "5/20"):
+        for each in rows:
+            each["images"] = "20/20" if each["stage"] == "joint" else images
+        figures.curves(tmp_path / "c.png", rows)
+        ink = (pixels(tmp_path / "c.png")[390:, 500:] != figures.PAPER).any(axis=(0, 2))
+        widths.append(np.flatnonzero(ink).max())
+    assert widths[0] + 50 < widths[1] < 490                # longer, and within the picture
+
+
+@pytest.fixture
+def results():
+    methods = ("unary", "unary + CRF", "unary (control)", "piecewise", "joint without CRF", "joint")
+    return {method: {"miou": 51.87, "iou": {name: 50.123 for name in voc.CLASS_NAMES},
+                     "miou_band": 40.06, "band": 5} for method in methods}
+
+
+def test_table_is_aligned_and_shows_absent_classes(results):
     results["joint"]["iou"]["boat"] = None
     results["unary"]["iou"]["boat"] = float("nan")
     del results["piecewise"]["iou"]["boat"]
     lines = figures.table(results, voc.CLASS_NAMES).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
-    assert [line.split()[0] for line in lines[2:-2]] == list(voc.CLASS_NAMES)
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 80
+    assert lines[0].split() == ["IoU,", "%", *(method.split()[0] for method in results)]
+    assert lines[1].split() == ["+", "CRF", "(control)", "without", "CRF"]
+    assert [line.split()[0] for line in lines[3:-3]] == list(voc.CLASS_NAMES)
     boat = next(line for line in lines if line.startswith("boat"))
-    assert boat.split() == ["boat", "-", "50.1", "-", "-"]
-    assert lines[-1].split() == ["mean", "IoU"] + ["51.9"] * 4
-    ends = [lines[0].index(method) + len(method) for method in results]
-    assert all(line[end - 1] in "0123456789-" for line in lines[2:] for end in ends)
+    assert boat.split() == ["boat", "-", "50.1", "50.1", "-", "50.1", "-"]
+    assert lines[-2].split() == ["mean", "IoU"] + ["51.9"] * 6
+    assert lines[-1].split() == ["within", "5", "px"] + ["40.1"] * 6
+    ends = [match.end() for match in re.finditer(r"(?<=  )\S+", lines[0])][-6:]
+    assert all(line[end - 1] in "0123456789-" for line in lines[3:] for end in ends)
+
+
+def test_bands_of_other_widths_have_their_own_row(results):
+    results["joint"]["band"] = 12
+    results["unary"] = {key: results["unary"][key] for key in ("miou", "iou")}
+    lines = figures.table(results, voc.CLASS_NAMES).splitlines()
+    assert lines[-2].split() == ["within", "5", "px", "-"] + ["40.1"] * 4 + ["-"]
+    assert lines[-1].split() == ["within", "12", "px"] + ["-"] * 5 + ["40.1"]

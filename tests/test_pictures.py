@@ -76,6 +76,7 @@ def test_folders_are_searched_and_empty_ones_refused(tmp_path, gradient):
         pictures.find_photographs(str(tmp_path))
     Image.fromarray(gradient).save(tmp_path / "b.png")
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder.png").mkdir()
     assert pictures.find_photographs(str(tmp_path)) == [str(tmp_path / "b.png")]
 
 

@@ -1,0 +1,180 @@
+"""What runs leave to look at: results.json, the paper's Table 1, Figures 5 and 6 (Sec. 4.2).
+
+An output folder holds for each stage STAGE.npz, an entry of results.json, and in STAGE_val.npz the
+confusion matrices behind that entry.  `data` has the class names (classes), the validation ids
+(val) and load(id) -> (image, labels).  Legend: H x W pixels, L labels; IoU in percent.
+"""
+import json
+import os
+
+import numpy as np
+
+from . import checkpoints, figures, metrics, training, weights
+
+# The other figure of a stage: after unary training a CRF that has learned nothing, else no CRF.
+OTHER = {"unary": "fixed_crf", "piecewise": "before_crf", "joint": "before_crf"}
+
+
+def summary(counts, stage, classes, band):
+    """The entry of results.json for counts, as training.evaluate returns them for one list."""
+    own, other = ("unary", "crf") if stage == "unary" else ("crf", "unary")
+    entry = _percentages(counts[own], counts[f"{own}_band"], classes, band)
+    if other in counts:
+        entry[OTHER[stage]] = _percentages(counts[other], counts[f"{other}_band"], classes, band)
+    return entry
+
+
+def record(out, stage, entry, counts, ids):
+    """Put a stage's entry into results.json, beside those of other stages, and keep its counts."""
+    own, other = ("unary", "crf") if stage == "unary" else ("crf", "unary")
+    confusions = {"confusion": counts[own]}
+    if other in counts:
+        confusions[OTHER[stage]] = counts[other]
+    results = read_results(out)
+    with checkpoints.replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
+        np.savez_compressed(file, ids=np.array(ids), **confusions)
+    with checkpoints.replacing(os.path.join(out, "results.json")) as file:
+        json.dump({**results, stage: entry}, file, indent=1)
+
+
+def read_results(out):
+    """The entries of a folder's results.json by stage; {} where there is none.
+
+    Raises ValueError for a file of another kind.
+    """
+    path = os.path.join(out, "results.json")
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        for entry in results.values():
+            entry["miou"], entry["iou"].keys()
+        return results
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found no results ({error}), expected those of an earlier run; "
+                         "move it away to start anew") from None
+
+
+def table(out, also, data, truth):
+    """Table 1: each stage in `out` and in the folders `also`, and how sure the differences are.
+
+    truth: pixels of each class in each validation image, (images, L); what was measured on other
+    pictures is left out, and said so.  Returns the text, and leaves it in out/table.txt.
+    """
+    columns, confusions, notes = _columns(out, also, data, truth)
+    text = f"Validation list, {len(data.val)} images\n" + figures.table(columns, data.classes)
+    bands = sorted({entry["band"] for entry in columns.values() if "band" in entry})
+    text += "".join(f"within {band} px: mean IoU of the pixels no further than that from another "
+                    "class\n" for band in bands)
+    last = [stage for stage in training.STAGES if stage in columns][-1]
+    others = [name for name in columns if name != last and {name, last} <= confusions.keys()]
+    if others:
+        text += "\nDifference of mean IoU, its 95% interval by paired bootstrap over images\n"
+    for name in others:
+        difference, (low, high), share = metrics.bootstrap_difference(confusions[last],
+                                                                      confusions[name])
+        text += (f"{last} against {name:{max(map(len, others))}}  {difference:+.2f} ({low:+.2f} to "
+                 f"{high:+.2f}), above 0 in {100 * share:.1f}%\n")
+    train = {name: entry["train"] for name, entry in columns.items() if "train" in entry}
+    if train:
+        text += f"\nTraining list, {len(data.train)} images\n" + figures.table(train, data.classes)
+    text += "".join(notes)
+    with checkpoints.replacing(os.path.join(out, "table.txt")) as file:
+        file.write(text)
+    return text
+
+
+def panels(out, paths, data, truth, device, rows=4):
+    """Figures 5 and 6, panels/best.png and worst.png, by the last stage; returns what it wrote.
+
+    paths: checkpoints by stage; drawn are those evaluated on the data set as it is.
+    """
+    each = {stage: read["confusion"] for stage in training.STAGES if stage in paths
+            and (read := _read_confusions(out, stage)) and _same_images(read, data, truth)}
+    if not each:
+        return []
+    last = list(each)[-1]
+    score = np.array([metrics.mean_iou(confusion) for confusion in each[last]])
+    order = [i for i in np.argsort(-score) if not np.isnan(score[i])]    # NaN: all void
+    chosen = {"best": order[:rows], "worst": order[::-1][:rows]}
+    drawn = {}
+    for stage in dict.fromkeys(("unary" if "unary" in each else last, last)):
+        model, _, _ = training.load_model(paths[stage], data.classes, device)
+        for i in {*chosen["best"], *chosen["worst"]}:
+            image, labels = data.load(data.val[i])
+            row = drawn.setdefault(i, {"image": image, "labels": labels, "name": data.val[i],
+                                       "predictions": {}})
+            unary, refined = model.predict(image)
+            found = {stage: unary} if refined is None else {stage: refined}
+            if refined is not None and "unary" not in each:
+                found = {f"{stage} without CRF": unary, stage: refined}
+            for name, prediction in found.items():
+                confusion = metrics.confusion_matrix(labels, prediction, len(data.classes))
+                row["predictions"][name] = prediction, metrics.mean_iou(confusion)
+    os.makedirs(os.path.join(out, "panels"), exist_ok=True)
+    written = []
+    for name, indices in chosen.items():
+        if indices:
+            written.append(f"panels/{name}.png")
+            figures.panel(os.path.join(out, written[-1]), [drawn[i] for i in indices], data.classes,
+                          title=f"Validation images on which {last} does {name}")
+    return written
+
+
+def _percentages(confusion, band_confusion, classes, band):
+    """Percent, None for classes absent from the truth; confusions (images, L, L)."""
+    def finite(x):
+        return None if np.isnan(x) else round(float(x), 4)
+
+    total = confusion.sum(axis=0)
+    return {"miou": finite(metrics.mean_iou(total)),
+            "iou": {name: finite(x) for name, x in zip(classes, metrics.iou(total))},
+            "miou_band": finite(metrics.mean_iou(band_confusion.sum(axis=0))), "band": band}
+
+
+def _columns(out, also, data, truth):
+    """(entries, confusions (images, L, L), notes): the first two by column of the table."""
+    folders = [out, *(f for f in dict.fromkeys(also) if not os.path.samefile(f, out))]
+    bases = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    columns, confusions, notes = {}, {}, []
+    for stage in training.STAGES:
+        for folder, base in zip(folders, bases):
+            results, read = read_results(folder), _read_confusions(folder, stage)
+            if stage not in results:
+                continue
+            entry = results[stage]
+            where = "" if folder == out else f" ({base if bases.count(base) == 1 else folder})"
+            if list(entry["iou"]) != data.classes or read and not _same_images(read, data, truth):
+                notes.append(f"not in this table: {stage}{where}, measured on another data set\n")
+                continue
+            for name, key, figure in _variants(stage, entry):
+                if key == "before_crf" and figure["iou"] == results.get("unary", {}).get("iou"):
+                    continue                         # piecewise without CRF is unary once more
+                columns[name + where] = figure
+                if read and key in read:
+                    confusions[name + where] = read[key]
+    return columns, confusions, notes
+
+
+def _variants(stage, entry):
+    """(column of the table, key in STAGE_val.npz, figures) for a stage and for OTHER."""
+    own, key = (stage, "confusion", entry), OTHER[stage]
+    if key not in entry:
+        return [own]
+    train = {"train": entry["train"][key]} if key in entry.get("train", ()) else {}
+    if stage == "unary":
+        return [own, ("unary + CRF", key, entry[key] | train)]
+    return [(f"{stage} without CRF", key, entry[key] | train), own]
+
+
+def _read_confusions(out, stage):
+    """The arrays of STAGE_val.npz; None where there is none."""
+    path = os.path.join(out, f"{stage}_val.npz")
+    return weights.read_npz(path) if os.path.exists(path) else None
+
+
+def _same_images(read, data, truth):
+    """Whether confusion matrices are of the validation images as they are now."""
+    counts = read["confusion"].sum(axis=-1)                              # (images, L)
+    return list(read["ids"]) == data.val and np.array_equal(counts, truth)
