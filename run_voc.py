@@ -18,11 +18,13 @@ from minicrf.arrays import gpu_available, peak_memory, use_tf32
 
 # Paper silent on iterations: as many as a laptop bears on the toy set, as DeepLab's on VOC.  What a
 # pixel hears from all others makes its marginals steeper in the scores: joint training bears a
-# twentieth of the unary rate, and starts at weights under those that are best with nothing learned.
+# fraction of the unary rate, and starts at weights under those that are best with nothing learned.
 TOY = dict(iterations={"unary": 500, "piecewise": 40, "joint": 40}, batch_size=16,
-           rate={"unary": 2.0, "piecewise": 0.05, "joint": 0.05}, evaluate_every=50)
+           rate={"unary": 2.0, "piecewise": 0.05, "joint": 0.05},
+           evaluate_every={"unary": 50, "piecewise": 10, "joint": 10})
 VOC = dict(iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
-           rate={"unary": 1.0, "piecewise": 0.05, "joint": 0.05}, evaluate_every=200)
+           rate={"unary": 1.0, "piecewise": 0.1, "joint": 0.1},
+           evaluate_every={"unary": 200, "piecewise": 50, "joint": 200})
 
 
 def number(expected, accept, kind=float):
@@ -54,7 +56,7 @@ def default(name):
     return f"(default: {words(VOC[name])}; toy set: {words(TOY[name])})"
 
 
-def parse_arguments(arguments=None):
+def build_parser():
     parser = Parser(
         prog="run_voc.py", usage="python run_voc.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,13 +127,16 @@ def parse_arguments(arguments=None):
         help="eval: palette PNGs of the validation list, as VOC's server takes them")
     add("--band", type=COUNT, metavar="PIXELS", default=5,
         help="also IoU this near to class boundaries (default: 5)")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments=None):
+    """The options, with the defaults of the toy set or of VOC filled in."""
+    args = build_parser().parse_args(arguments)
     args.net = args.net or ("vgg16" if args.voc else "tiny")
     defaults = VOC if args.voc else TOY
-    for name in ("batch_size", "evaluate_every"):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
-    for name in ("iterations", "rate"):      # one for each stage, unless one was given for all
+    args.batch_size = args.batch_size or defaults["batch_size"]
+    for name in ("iterations", "rate", "evaluate_every"):  # by stage; one given is for all
         given = getattr(args, name)
         setattr(args, name, {stage: value if given is None else given
                              for stage, value in defaults[name].items()})
@@ -208,30 +213,26 @@ def start_crf(args, n_classes):
                     sigma_bilateral=(spatial,) * 2 + (colour,) * 3)
 
 
-def unary_checkpoint(args):
-    """The checkpoint that piecewise and joint training start from."""
-    path = args.weights or os.path.join(args.out, "unary.npz")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: found no such file, expected a checkpoint of the unary "
-                                "stage; run --stage unary first, or name one with --weights")
-    return path
-
-
 def start_model(args, data, stage, device):
     """(model, fresh layers, fingerprint of what it starts from) for a stage from its beginning."""
     path = os.path.join(args.out, f"{stage}.npz")
-    if args.weights and os.path.exists(path) and os.path.samefile(args.weights, path):
+    if args.weights and os.path.exists(path) and os.path.realpath(path) == os.path.realpath(
+            args.weights):
         raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
                          "expected another --out, or --resume to go on")
     if stage == "unary":
         return *unary_model(args, data, device), None
-    model, arrays, _ = training.load_model(unary_checkpoint(args), data.classes, device)
+    start = args.weights or os.path.join(args.out, "unary.npz")
+    if not os.path.exists(start):
+        raise FileNotFoundError(f"{start}: found no such file, expected a checkpoint of the unary "
+                                "stage; run --stage unary first, or name one with --weights")
+    model, arrays, _ = training.load_model(start, data.classes, device)
     model.crf = start_crf(args, len(data.classes))
     return model, [], fingerprint(arrays)
 
 
 def fingerprint(arrays):
-    """A number that tells one trained network from another: of its top layer."""
+    """A number that tells one trained network from another: a checksum of its top layer."""
     return zlib.crc32(np.ascontiguousarray(arrays["fc8_w"]).tobytes())
 
 
@@ -245,11 +246,10 @@ def resumed_model(args, data, stage, settings, device):
                          f"expected {stage}, {args.seed} and {settings}: --resume goes on with "
                          "the same settings")
     start = args.weights or os.path.join(args.out, "unary.npz")
-    if stage != "unary" and info.get("start") and os.path.exists(start):
-        if info["start"] != fingerprint(checkpoints.read(start)[0]):
-            raise ValueError(f"{path}: found a run that started from another checkpoint than "
-                             f"{start}; expected the same to go on, or --stage {stage} without "
-                             "--resume to start anew")
+    if (stage != "unary" and info.get("start") and os.path.exists(start)
+            and info["start"] != fingerprint(checkpoints.read(start)[0])):
+        raise ValueError(f"{path}: found a run that started from another checkpoint than {start}; "
+                         f"expected the same, or --stage {stage} without --resume to start anew")
     return model, arrays, info
 
 
@@ -283,7 +283,7 @@ def run_stage(args, data, stage, device):
     done = training.fit(model, stage, optimiser, batches, validate, args.out, info, start=start,
                         iterations=args.iterations[stage], batch_size=args.batch_size,
                         micro_batch=args.micro_batch, drop=args.drop,
-                        evaluate_every=args.evaluate_every,
+                        evaluate_every=args.evaluate_every[stage],
                         images=f"{len(shown)}/{len(data.val)}")
     if not done:
         print(f"{stage}: stopped after iteration {info['iteration']} and saved to {path}; "

@@ -80,8 +80,8 @@ def table(out, also, data, truth):
     if train:
         text += f"\nTraining list, {len(data.train)} images\n" + figures.table(train, data.classes)
     text += "".join(notes)
-    with checkpoints.replacing(os.path.join(out, "table.txt")) as file:
-        file.write(text)
+    with checkpoints.replacing(os.path.join(out, "table.txt"), "wb") as file:
+        file.write(text.encode())
     return text
 
 
@@ -171,7 +171,8 @@ def _variants(stage, entry):
 def _read_confusions(out, stage):
     """The arrays of STAGE_val.npz; None where there is none."""
     path = os.path.join(out, f"{stage}_val.npz")
-    return weights.read_npz(path) if os.path.exists(path) else None
+    arrays = weights.read_npz(path) if os.path.exists(path) else {}
+    return arrays if {"ids", "confusion"} <= arrays.keys() else None
 
 
 def _same_images(read, data, truth):

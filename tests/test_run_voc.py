@@ -124,6 +124,7 @@ def test_eval_measures_with_and_without_crf_on_both_lists(trained, toy_set, tmp_
     table = (out / "table.txt").read_text()
     assert table.count("+ CRF") == 3 and table.count("Training list, 4 images") == 1
     assert "joint against unary + CRF" in table and "within 5 px" in table
+    assert "joint without CRF" in table and "piecewise without CRF" not in table     # it is unary
     assert checkpoints.read(out / "unary.npz")[0].keys() == checkpoints.read(
         trained / "unary.npz")[0].keys()                     # nothing is saved under another stage
 
@@ -186,9 +187,11 @@ def test_folders_of_the_same_name_are_told_apart(trained, toy_set, tmp_path):
     data = argparse.Namespace(classes=voc.class_names(toy_set), val=voc.image_list(toy_set, "val"))
     truth = reports._read_confusions(trained, "unary")["confusion"].sum(axis=-1)
     also = [str(tmp_path / name / "runs") for name in "ab"]
-    columns, _, notes = reports._columns(str(trained), [*also, str(trained)], data, truth)
+    columns, _, notes = reports._columns(str(trained), [*also, f"{trained}/."], data, truth)
     names = [name for name in columns if name.startswith("joint (")]
     assert names == [f"joint ({path})" for path in also] and not notes
+    data.classes = data.classes[::-1]                        # these folders hold no confusions
+    assert len(reports._columns(str(trained), also, data, truth)[2]) == 3 * len(training.STAGES)
 
 
 def test_what_a_run_starts_from_is_not_overwritten(trained, toy_set, tmp_path, capsys):
