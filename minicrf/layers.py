@@ -56,10 +56,10 @@ def plane_blocks(planes):
 
 
 def block_rows(column_bytes, H_out, W_out, xp):
-    """Output rows of a block: 256 MB on a GPU; on the CPU 4 MB, but 512 cells for the product."""
+    """Output rows of a block: 256 MB on a GPU; on the CPU 4 MB, but 800 cells for the product."""
     cells = 2 ** 28 // column_bytes
     if xp is np:
-        cells = min(cells, max(512, 2 ** 22 // column_bytes))
+        cells = min(cells, max(800, 2 ** 22 // column_bytes))
     return min(H_out, max(1, cells // W_out))
 
 
@@ -213,8 +213,8 @@ class MaxPool2d(Layer):
             taps = self.taps(pad(planes[p], *self.padding, value=-np.inf), H_out, W_out)
             y[p] = next(taps)
             for number, tap in enumerate(taps, start=1):
-                if train:                           # ties go to the first tap
-                    xp.copyto(winner[p], number, where=tap > y[p])
+                if train:                           # the last to exceed: ties go to the first tap
+                    xp.maximum(winner[p], (tap > y[p]) * xp.uint8(number), out=winner[p])
                 xp.maximum(y[p], tap, out=y[p])
 
         for_each(pool, plane_blocks(planes), planes)

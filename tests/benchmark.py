@@ -286,13 +286,15 @@ def our_net(args):
     vgg.move(net, args.device)
     shape = args.batch_size, 3, net.input_size, net.input_size
     x = 50 * np.random.default_rng(1).standard_normal(shape, np.float32)
-    return net, arrays.to_device(x, args.device)
+    x = arrays.to_device(x, args.device)
+    vgg.scale_fresh(net, [name for name in net.layers if f"{name}_w" in net.params], x[:1])
+    return net, x
 
 
 def our_step(args):
     """A function: forward, backward and update of the network."""
     net, x = our_net(args)
-    optimiser = training.optimizer(training.Model(net, weights.MEAN), "unary", [], rate=1e-6)
+    optimiser = training.optimizer(training.Model(net, weights.MEAN), "unary", [], rate=1e-9)
 
     def step():
         net.backward(net.forward(x, train=True))
