@@ -56,10 +56,10 @@ def plane_blocks(planes):
 
 
 def block_rows(column_bytes, H_out, W_out, xp):
-    """Output rows of a block: 256 MB on a GPU; on the CPU 4 MB, but 800 cells for the product."""
+    """Output rows of a block: 256 MB on a GPU; on the CPU 8 MB, but 800 cells for the product."""
     cells = 2 ** 28 // column_bytes
     if xp is np:
-        cells = min(cells, max(800, 2 ** 22 // column_bytes))
+        cells = min(cells, max(800, 2 ** 23 // column_bytes))
     return min(H_out, max(1, cells // W_out))
 
 

@@ -160,7 +160,7 @@ def test_conv_is_drawn_as_he_et_al():
 
 # --- blocks of columns ---------------------------------------------------------------------------
 
-BIG = (2, 260, 41, 43)       # columns this long come in blocks of a few rows, the last one shorter
+BIG = (2, 540, 41, 43)       # columns this long come in blocks of a few rows, the last one shorter
 
 
 @pytest.mark.parametrize("kernel, dilation, padding",
