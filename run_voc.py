@@ -178,8 +178,8 @@ class Data:
 
     def samples(self, ids, note=None):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
-        for image_id in tqdm(ids, note, unit="image", leave=False, disable=None if note else True):
-            yield self.load(image_id)
+        shown = tqdm(ids, note, unit="image", leave=False, disable=None if note else True)
+        return voc.ahead(self.load, zip(shown))
 
     def load(self, image_id):
         # VOC's own labels where an image is of its validation list: SBD's have no void
@@ -202,7 +202,8 @@ def unary_model(args, data, device):
           + f"freshly initialised: {(', '.join(fresh) or 'none') if loaded else 'all layers'}")
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
-    vgg.scale_fresh(net, fresh, model.inputs([image for image, _ in data.samples(data.train[:4])]))
+    first = [model.resized(image) for image, _ in data.samples(data.train[:4])]
+    vgg.scale_fresh(net, fresh, model.inputs(first))
     return model, fresh
 
 
@@ -240,11 +241,11 @@ def resumed_model(args, data, stage, settings, device):
     """(model, arrays, info) of OUT/STAGE.npz, once it is certain that it fits this run."""
     path = os.path.join(args.out, f"{stage}.npz")
     model, arrays, info = training.load_model(path, data.classes, device)
-    found = info["stage"], info.get("seed"), info.get("settings")
-    if found != (stage, args.seed, settings):
-        raise ValueError(f"{path}: found a {found[0]} run with seed {found[1]} and {found[2]}, "
-                         f"expected {stage}, {args.seed} and {settings}: --resume goes on with "
-                         "the same settings")
+    found = {"stage": info["stage"], **info.get("settings", {})}
+    for name, value in {"stage": stage, **settings}.items():
+        if found.get(name) != value:
+            raise ValueError(f"{path}: found a run with {name} {found.get(name)}, expected {value}: "
+                             "--resume goes on with the same settings")
     start = args.weights or os.path.join(args.out, "unary.npz")
     if (stage != "unary" and info.get("start") and os.path.exists(start)
             and info["start"] != fingerprint(checkpoints.read(start)[0])):
@@ -256,8 +257,12 @@ def resumed_model(args, data, stage, settings, device):
 def run_stage(args, data, stage, device):
     """Train one stage to its end; returns the model, or None when interrupted."""
     path = os.path.join(args.out, f"{stage}.npz")
-    settings = {"batch_size": args.batch_size, "micro_batch": args.micro_batch,
-                "rate": args.rate[stage], "drop": args.drop}
+    settings = {"seed": args.seed, "batch_size": args.batch_size, "micro_batch": args.micro_batch,
+                "rate": args.rate[stage], "drop": args.drop,
+                "training list (its checksum)": zlib.crc32(" ".join(data.train).encode())}
+    settings |= ({"net": args.net} if stage == "unary" else
+                 {name: np.ravel(getattr(args, name)).tolist()
+                  for name in ("w", "sigma_position", "sigma_bilateral")})
     start = 0
     if args.resume and os.path.exists(path):
         model, arrays, info = resumed_model(args, data, stage, settings, device)
@@ -272,7 +277,8 @@ def run_stage(args, data, stage, device):
         print(f"{stage}: going on after iteration {start} of {args.iterations[stage]}")
 
     batches = voc.batches(data.root, data.train, args.batch_size, args.seed,
-                          start * args.batch_size, data.sbd, len(data.classes))
+                          model.net.input_size, model.mean, start * args.batch_size, data.sbd,
+                          len(data.classes))
     shown = data.val[:args.evaluate_images]
 
     def validate():

@@ -188,7 +188,8 @@ def check_model():
     rng = np.random.default_rng(3)
     net, crf = vgg.build("tiny", 3, dtype=np.float64), densecrf.DenseCRF(3, w=(1., 2.), exact=True)
     model = training.Model(net, (104., 117., 124.), crf)
-    batch = [(rng.integers(0, 255, (6, 8, 3)).astype(np.uint8), rng.integers(0, 3, (6, 8)))]
+    image, labels = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8), rng.integers(0, 3, (6, 8))
+    batch = [(image, labels, model.resized(image))]
     params, grads = net.params | crf.params, net.grads | crf.grads
     start = {key: p.copy() for key, p in params.items()}
     directions = [{key: (p.std() + 0.01) * rng.standard_normal(p.shape)

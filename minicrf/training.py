@@ -37,17 +37,20 @@ class Model:
         self.net, self.crf, self.device = net, crf, device
         self.mean, self.scale = np.asarray(mean, np.float64), float(scale)
 
-    def inputs(self, images):
-        """Photographs, (H, W, 3) uint8 of any sizes -> network input (B, 3, S, S) on the device."""
-        x = [voc.network_input(image, self.net.input_size, self.mean) for image in images]
+    def resized(self, image):
+        """A photograph (H, W, 3) uint8 of any size -> (3, S, S) float32: BGR minus mean."""
+        return voc.network_input(image, self.net.input_size, self.mean)
+
+    def inputs(self, resized):
+        """B resized photographs, each (3, S, S) -> network input (B, 3, S, S) on the device."""
         dtype = self.net["fc8"].params["w"].dtype
-        x = np.stack(x).astype(dtype, copy=False)
+        x = np.stack(resized).astype(dtype, copy=False)
         x /= dtype.type(self.scale)
         return to_device(x, self.device)
 
     def predict(self, image):
         """(unary, refined) labels (H, W) of a photograph (H, W, 3); refined is None without CRF."""
-        scores = self.net.forward(self.inputs([image]))                  # (1, L, h, w)
+        scores = self.net.forward(self.inputs([self.resized(image)]))    # (1, L, h, w)
         f = self.net.upsample.forward(scores[0], image.shape[:2])        # (H, W, L)
         unary = to_host(f.argmax(axis=-1)).astype(np.uint8)
         if self.crf is None:
@@ -80,13 +83,14 @@ def load_model(path, classes=None, device="cpu"):
 def accumulate_gradients(model, batch, share, train_net=True):
     """Forward and backward for one batch: adds into all gradients, returns the loss.
 
-    batch: list of (image (H, W, 3), labels (H, W)); share: 1 / images in the whole batch, of which
-    this may be a part.  The loss is a 0-d array on the device: nothing waits for it here.
+    batch: list of (image (H, W, 3), labels (H, W), the image resized (3, S, S)), as voc.batches
+    gives; share: 1 / images in the whole batch, of which this may be a part.  The loss is a 0-d
+    array on the device: nothing waits for it here.
     Paper, Fig. 3: network, upsampling, mean field; then back through all three.
     """
-    images, truths = zip(*batch)
+    images, truths, resized = zip(*batch)
     net, crf = model.net, model.crf
-    scores = net.forward(model.inputs(images), train=train_net)          # (B, L, h, w)
+    scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
@@ -158,7 +162,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
 def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     """One update from one batch; returns its loss as a 0-d array.
 
-    batch: list of (image (H, W, 3) uint8, labels (H, W)).  seed, iteration: name the dropout masks.
+    batch: as in accumulate_gradients.  seed, iteration: name the dropout masks.
     micro_batch: images that go through the network together (None: all); gradients are summed.
     """
     train_net = "fc8_w" in optimiser.params

@@ -6,6 +6,7 @@ Legend: H x W pixels; labels are 0..n_classes-1, or VOID (255) for pixels that a
 """
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import pathlib
@@ -133,12 +134,13 @@ def draws(n, seed, start=0):
             yield int(order[i]), bool(mirrored[i])
 
 
-def batches(root, ids, batch_size, seed, start=0, sbd=None, n_classes=len(CLASS_NAMES), threads=2):
-    """Endless batches for training: lists of batch_size (image, labels) pairs, as from `load`.
+def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
+            n_classes=len(CLASS_NAMES), threads=4):
+    """Endless batches for training: lists of batch_size (image, labels, resized image) triples.
 
-    Shuffled epochs without replacement, each image mirrored left to right or not at random.  After
-    k batches, a new iterator with start + k * batch_size goes on exactly there.  Threads load ahead
-    of use; the order does not depend on them, and what goes wrong in them is raised here.
+    The first two as from `load`, the third as from `network_input`.  Shuffled epochs without
+    replacement, each image mirrored left to right or not at random.  After k batches, a new
+    iterator with start + k * batch_size goes on exactly there.
     """
     if not ids or batch_size < 1:
         raise ValueError(f"{root}: found {len(ids)} images for batches of {batch_size}, "
@@ -146,16 +148,29 @@ def batches(root, ids, batch_size, seed, start=0, sbd=None, n_classes=len(CLASS_
 
     def read(index, mirrored):
         image, labels = load(root, ids[index], sbd, n_classes)
-        return (image[:, ::-1].copy(), labels[:, ::-1].copy()) if mirrored else (image, labels)
+        if mirrored:
+            image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
+        return image, labels, network_input(image, size, mean)
 
-    order = draws(len(ids), seed, start)
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    ahead = collections.deque()
-    try:
+    with contextlib.closing(ahead(read, draws(len(ids), seed, start), threads,
+                                  2 * batch_size)) as samples:
         while True:
-            while len(ahead) < 2 * batch_size:
-                ahead.append(pool.submit(read, *next(order)))
-            yield [ahead.popleft().result() for _ in range(batch_size)]
+            yield list(itertools.islice(samples, batch_size))
+
+
+def ahead(function, arguments, threads=4, depth=8):
+    """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
+
+    What goes wrong in a thread is raised here, in its place.
+    """
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for each in arguments:
+            waiting.append(pool.submit(function, *each))
+            if len(waiting) == depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

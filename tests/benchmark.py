@@ -403,7 +403,8 @@ def joint_step(args):
     optimiser = training.optimizer(model, "joint", [], rate=1e-6)
     rng = np.random.default_rng(3)
     batch = [toy.picture(rng, *args.size[::-1]) for _ in range(args.batch_size)]
-    batch = [(image, np.where(y < args.labels, y, VOID).astype(np.uint8)) for image, y in batch]
+    batch = [(image, np.where(y < args.labels, y, VOID).astype(np.uint8), model.resized(image))
+             for image, y in batch]
     return lambda: training.train_step(model, optimiser, batch, 0, 1, args.micro_batch)
 
 

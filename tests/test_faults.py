@@ -562,9 +562,12 @@ def test_pictures_with_little_in_them_run_to_the_end(tmp_path, capsys, sizes, la
 
 
 def batch(n=2, seed=0):
-    rng = np.random.default_rng(seed)
-    return [(rng.integers(0, 256, (10 + i, 13, 3), dtype=np.uint8),
-             rng.integers(0, len(CLASSES), (10 + i, 13)).astype(np.uint8)) for i in range(n)]
+    rng, samples = np.random.default_rng(seed), []
+    for i in range(n):
+        image = rng.integers(0, 256, (10 + i, 13, 3), dtype=np.uint8)
+        labels = rng.integers(0, len(CLASSES), (10 + i, 13)).astype(np.uint8)
+        samples.append((image, labels, small_model().resized(image)))
+    return samples
 
 
 def endless(samples):
@@ -619,7 +622,7 @@ def test_a_kernel_much_wider_than_the_picture_is_fine(tmp_path):
 
 
 def test_kernels_much_narrower_than_a_pixel_say_nothing():
-    (image, _), = batch(1)
+    (image, _, _), = batch(1)
     scores = np.random.default_rng(0).standard_normal((*image.shape[:2], len(CLASSES)))
     crf = small_model().crf
     for key in ("log_sigma_position", "log_sigma_bilateral"):
@@ -655,7 +658,8 @@ def train_on_changing_sizes(steps, model):
         size = tuple(rng.integers(8, 32, 2))
         image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         labels = rng.integers(0, len(CLASSES), size).astype(np.uint8)
-        training.train_step(model, optimiser, [(image, labels)], 0, iteration)
+        batch = [(image, labels, model.resized(image))]
+        training.train_step(model, optimiser, batch, 0, iteration)
         training.evaluate(model, [(image, labels)], len(CLASSES))
 
 
@@ -687,7 +691,7 @@ else:
         return {"unary": 1.0}
     count, set_ = itertools.count(1), sys.argv[4]
     model, classes = t.small_model(), t.CLASSES
-    batches = t.voc.batches(set_, t.voc.image_list(set_, "train"), 2, 0, n_classes=6)
+    batches = t.voc.batches(set_, t.voc.image_list(set_, "train"), 2, 0, 98, (0, 0, 0), n_classes=6)
     model = t.training.Model(t.vgg.build("tiny", 6), (0, 0, 0), t.DenseCRF(6))
     t.training.fit(model, "joint", t.training.optimizer(model, "joint", [], rate=0.01), batches,
                    validate, sys.argv[5], dict(t.INFO), start=0, iterations=300, batch_size=2,
@@ -717,8 +721,8 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         monkeypatch.setattr(arrays, "SMALL", 0 if threads > 1 else 2 ** 60)
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
-        batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0, n_classes=6,
-                              threads=threads)
+        batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0,
+                              model.net.input_size, model.mean, n_classes=6, threads=threads)
         losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
                   for i in (1, 2, 3)]
         batches.close()

@@ -80,6 +80,37 @@ def test_resume_leaves_a_finished_stage_and_goes_on_with_the_next(trained, toy_s
     assert set(json.loads((tmp_path / "results.json").read_text())) == set(training.STAGES)
 
 
+@pytest.mark.parametrize("stage, changed, found", [
+    ("unary", "--seed 1", "seed 0, expected 1"),
+    ("unary", "--rate 3", "rate 2.0, expected 3.0"),
+    ("unary", "--net largefov", "net tiny, expected largefov"),
+    ("joint", "--w 1 5", "w [1, 4], expected [1.0, 5.0]"),
+    ("joint", "--sigma-bilateral 70 13", "sigma_bilateral [80, 13], expected [70.0, 13.0]")])
+def test_resume_refuses_other_settings(trained, toy_set, tmp_path, capsys, stage, changed, found):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    options = ["--voc", str(toy_set), "--net", "tiny", "--rate", "2", "--out", str(tmp_path), *FAST]
+    if stage == "unary":
+        assert run_voc.main([*options, "--stage", stage]) == 0
+    capsys.readouterr()
+    before = (tmp_path / f"{stage}.npz").read_bytes()
+    if stage == "joint":
+        options = ["--voc", str(toy_set), "--out", str(tmp_path), *FAST]
+    assert run_voc.main([*options, "--stage", stage, "--resume", *changed.split()]) == 2
+    assert_one_line(capsys, f"{stage}.npz: found a run with {found}: --resume goes on with the same")
+    assert (tmp_path / f"{stage}.npz").read_bytes() == before
+
+
+def test_resume_refuses_another_training_list(trained, toy_set, tmp_path, capsys):
+    root, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(toy_set, root)
+    shutil.copytree(trained, out)
+    path = root / voc.LISTS / "train.txt"
+    path.write_text("\n".join(path.read_text().split()[:-1]))
+    options = ["--voc", str(root), "--net", "tiny", "--out", str(out), *FAST, "--stage", "unary"]
+    assert run_voc.main([*options, "--resume"]) == 2
+    assert_one_line(capsys, "unary.npz: found a run with training list (its checksum)")
+
+
 def test_joint_does_not_go_on_from_another_unary_network(trained, toy_set, tmp_path, capsys):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     options = ["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST]

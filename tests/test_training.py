@@ -20,7 +20,7 @@ def small_model(dtype=np.float32, crf=True, seed=0, exact=False):
                       sigma_bilateral=(6.0, 7.0, 50.0, 60.0, 70.0), iterations=3, exact=exact)
     model = training.Model(net, (100.0, 110.0, 120.0), refine if crf else None, scale=60)
     layers = [name for name in net.layers if f"{name}_w" in net.params]
-    vgg.scale_fresh(net, layers, model.inputs([image for image, _ in pairs(2)]))
+    vgg.scale_fresh(net, layers, model.inputs([resized for *_, resized in batch(model, 2)]))
     net["fc8"].params["w"] *= 30                    # scores that matter to the loss
     return model
 
@@ -28,31 +28,36 @@ def small_model(dtype=np.float32, crf=True, seed=0, exact=False):
 def pairs(n, seed=0):
     """n random images of different sizes with labels, some of them void."""
     rng = np.random.default_rng(seed)
-    batch = []
+    samples = []
     for i in range(n):
         size = 10 + i, 13 - i
         image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         labels = rng.integers(0, N_CLASSES, size).astype(np.uint8)
         labels[rng.random(size) < 0.1] = VOID
-        batch.append((image, labels))
-    return batch
+        samples.append((image, labels))
+    return samples
+
+
+def batch(model, n):
+    """The same as a batch for training: (image, labels, resized image)."""
+    return [(image, labels, model.resized(image)) for image, labels in pairs(n)]
 
 
 @pytest.mark.parametrize("crf", [False, True], ids=["unary", "joint"])
 def test_gradient_from_image_to_loss_to_every_parameter(crf):
     """<dL/dp, v> equals the loss's derivative along a random direction v, for each parameter array."""
     model = small_model(np.float64, crf=crf, exact=True)
-    batch = pairs(2)
+    two = batch(model, 2)
     parameters = dict(model.net.params)
     gradients = dict(model.net.grads)
     if crf:
         parameters |= {f"crf_{key}": p for key, p in model.crf.params.items()}
         gradients |= {f"crf_{key}": g for key, g in model.crf.grads.items()}
-    training.accumulate_gradients(model, batch, 1 / len(batch))
+    training.accumulate_gradients(model, two, 1 / len(two))
     exact = {key: g.copy() for key, g in gradients.items()}
 
     def loss():
-        return float(training.accumulate_gradients(model, batch, 1 / len(batch), train_net=False))
+        return float(training.accumulate_gradients(model, two, 1 / len(two), train_net=False))
 
     rng = np.random.default_rng(1)
     for key, p in parameters.items():
@@ -72,12 +77,12 @@ def test_gradient_from_image_to_loss_to_every_parameter(crf):
 
 
 def test_micro_batches_sum_to_the_whole_batch():
-    batch, results = pairs(5), []
+    results = []
     for micro_batch in (None, 2):
         model = small_model(np.float64)
         optimiser = training.optimizer(model, "joint", [])
         for iteration in (1, 2):
-            training.train_step(model, optimiser, batch, 0, iteration, micro_batch)
+            training.train_step(model, optimiser, batch(model, 5), 0, iteration, micro_batch)
         results.append({key: p.copy() for key, p in optimiser.params.items()})
     for key, whole in results[0].items():
         assert np.linalg.norm(results[1][key] - whole) <= 1e-9 * np.linalg.norm(whole), key
@@ -88,7 +93,7 @@ def test_piecewise_changes_the_crf_alone():
     before = {key: p.copy() for key, p in model.net.params.items()}
     crf_before = {key: p.copy() for key, p in model.crf.params.items()}
     optimiser = training.optimizer(model, "piecewise", [])
-    training.train_step(model, optimiser, pairs(2), 0, 1)
+    training.train_step(model, optimiser, batch(model, 2), 0, 1)
     assert all(np.array_equal(before[key], p) for key, p in model.net.params.items())
     assert all((crf_before[key] != p).all() for key, p in model.crf.params.items())
 
@@ -105,7 +110,7 @@ def test_learning_rates_are_those_of_the_paper():
 def test_kernel_weights_never_turn_negative():
     model = small_model()
     optimiser = training.optimizer(model, "joint", [], rate_w=1e6)
-    training.train_step(model, optimiser, pairs(2), 0, 1)
+    training.train_step(model, optimiser, batch(model, 2), 0, 1)
     assert (model.crf.params["w"] >= 0).all()
 
 
@@ -140,8 +145,8 @@ def run(toy_set, out, iterations, start_from=None, stop_at=None, stage="joint"):
             os.kill(os.getpid(), 2)
         return {"unary": 10.0 + len(calls), "crf": 20.0 + len(calls)}
 
-    batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, 2 * start,
-                          n_classes=len(classes))
+    batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, model.net.input_size,
+                          model.mean, 2 * start, n_classes=len(classes))
     return training.fit(model, stage, optimiser, batches, validate, out, info, start=start,
                         iterations=iterations, batch_size=2, evaluate_every=1)
 
@@ -179,10 +184,10 @@ def test_the_best_state_is_kept_beside_the_last(toy_set, tmp_path):
 
 
 def test_evaluation_counts_every_labelled_pixel_once():
-    model, batch = small_model(), pairs(3)
-    counts = training.evaluate(model, batch, N_CLASSES, band=2)
+    model, samples = small_model(), pairs(3)
+    counts = training.evaluate(model, samples, N_CLASSES, band=2)
     assert set(counts) == {"unary", "crf", "unary_band", "crf_band"}
-    labelled = [int((labels != VOID).sum()) for _, labels in batch]
+    labelled = [int((labels != VOID).sum()) for _, labels in samples]
     assert counts["unary"].sum(axis=(1, 2)).tolist() == labelled
     assert counts["crf"].sum(axis=(1, 2)).tolist() == labelled
     assert (counts["crf_band"].sum(axis=(1, 2)) <= labelled).all()

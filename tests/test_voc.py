@@ -3,6 +3,8 @@ import itertools
 import os
 import shutil
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from minicrf import voc
 
 TRAIN, VAL = ["a_1", "a_2", "a_3"], ["b_1", "b_2"]
+NET = {"size": 20, "mean": (1, 2, 3)}    # of what batches are resized for
 
 
 def write_list(root, name, ids, end="\n"):
@@ -176,9 +179,9 @@ def test_epochs_draw_every_image_once_and_differ():
 
 
 def test_batches_resume_exactly_with_any_number_of_threads(root):
-    whole = list(itertools.islice(voc.batches(root, TRAIN, 2, seed=1), 6))
+    whole = list(itertools.islice(voc.batches(root, TRAIN, 2, seed=1, **NET), 6))
     for start, threads in ((0, 1), (2, 4), (8, 2)):
-        again = voc.batches(root, TRAIN, 2, seed=1, start=start, threads=threads)
+        again = voc.batches(root, TRAIN, 2, seed=1, start=start, threads=threads, **NET)
         assert all(same(next(again), batch) for batch in whole[start // 2:])
         again.close()
 
@@ -186,7 +189,8 @@ def test_batches_resume_exactly_with_any_number_of_threads(root):
 def test_mirroring_turns_image_and_labels_together(root):
     image, labels = voc.load(root, "a_1")
     seen = set()
-    for [(x, y)] in itertools.islice(voc.batches(root, ["a_1"], 1, seed=0), 12):
+    for [(x, y, small)] in itertools.islice(voc.batches(root, ["a_1"], 1, seed=0, **NET), 12):
+        assert (small == voc.network_input(x, **NET)).all()
         assert (x[:, :, 0] == y).all()
         mirrored = not (y == labels).all()
         assert same([(x, y)], [(image[:, ::-1], labels[:, ::-1])]) == mirrored
@@ -194,13 +198,31 @@ def test_mirroring_turns_image_and_labels_together(root):
     assert seen == {True, False}
 
 
+def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root, monkeypatch):
+    threads, real = [], voc.network_input
+
+    def network_input(*arguments):
+        threads.append(threading.current_thread())
+        return real(*arguments)
+
+    monkeypatch.setattr(voc, "network_input", network_input)
+    batches = voc.batches(root, TRAIN, 2, seed=0, **NET)
+    next(batches)
+    for _ in range(500):                     # nobody asks for more: still two batches get ready
+        if len(threads) >= 4:
+            break
+        time.sleep(0.01)
+    batches.close()
+    assert len(threads) >= 4 and threading.main_thread() not in threads
+
+
 def test_what_goes_wrong_in_a_thread_is_raised(root):
     (root / "JPEGImages" / "a_2.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="a_2.jpg: found a picture that cannot be read"):
-        for _ in itertools.islice(voc.batches(root, TRAIN, 2, seed=0), 4):
+        for _ in itertools.islice(voc.batches(root, TRAIN, 2, seed=0, **NET), 4):
             pass
     with pytest.raises(ValueError, match="found 0 images for batches of 2"):
-        next(voc.batches(root, [], 2, seed=0))
+        next(voc.batches(root, [], 2, seed=0, **NET))
 
 
 def test_half_unpacked_folders_are_named(root, tmp_path):
@@ -396,7 +418,7 @@ def use(root):
         ids = voc.image_list(root, split)
         for image_id in ids:
             voc.load(root, image_id, n_classes=n_classes)
-        batches = voc.batches(root, ids, 2, seed=0)
+        batches = voc.batches(root, ids, 2, seed=0, **NET)
         next(batches)
         batches.close()
 
