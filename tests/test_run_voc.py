@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import experiment
 import run_voc
 from minicrf import (DenseCRF, checkpoints, figures, metrics, pictures, reports, toy, training, vgg,
                      voc)
@@ -119,6 +121,19 @@ def test_joint_does_not_go_on_from_another_unary_network(trained, toy_set, tmp_p
     assert run_voc.main([*options, "--stage", "joint", "--resume"]) == 2
     assert_one_line(capsys, "joint.npz: found a run that started from another checkpoint")
     assert (tmp_path / "joint.npz").read_bytes() == (trained / "joint.npz").read_bytes()
+
+
+def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
+    """tests/experiment.py: all stages from one unary checkpoint, and one table of them."""
+    assert experiment.main([str(toy_set), "--net", "tiny", "--batch-size", "2", "--iterations", "1",
+                            "--further", "1", "--out", str(tmp_path)]) == 0
+    origin = checkpoints.read(tmp_path / "0" / "unary.npz")[0]["fc8_w"]
+    for stage in ("piecewise", "joint"):
+        assert checkpoints.read(tmp_path / "0" / f"{stage}.npz")[1]["start"] == zlib.crc32(origin)
+    table = (tmp_path / "0" / "table.txt").read_text()
+    for name in ("unary", "unary + CRF", "unary (control)", "piecewise"):
+        assert f"joint against {name} " in table, name
+    assert "joint 1: " in capsys.readouterr().out
 
 
 def test_curves_are_drawn_at_every_evaluation(toy_set, tmp_path, monkeypatch):
