@@ -13,8 +13,9 @@ from PIL import Image, ImageColor
 
 from . import checkpoints, pictures, voc
 from .arrays import gpu_available, to_device, to_host
-from .densecrf import DenseCRF, scores_from_labels, scores_from_probabilities
+from .densecrf import DenseCRF
 from .losses import VOID
+from .scores import scores_from_labels, scores_from_probabilities
 
 CONFIDENCE = 0.7
 MAX_LABELS = VOID                      # labels are 0..254
@@ -38,13 +39,12 @@ def parse_arguments(arguments=None):
         "  python -m minicrf photo.jpg softmax.npy refined.png --probabilities\n"
         "  python -m minicrf photo.jpg scribbles.png refined.png --unknown black\n"
         "  python -m minicrf photo.jpg scores.npy refined.png --parameters runs/joint.npz")
-    parser.add_argument("image", metavar="IMAGE", help="the photograph")
-    parser.add_argument("scores", metavar="SCORES",
-                        help="an .npy array (H, W, L) of class scores, larger being likelier, or a "
-                        "label picture (palette, grey or RGB), each colour in it a label")
-    parser.add_argument("out", metavar="OUT",
-                        help="the .png to write: a label picture in the colours of SCORES or, for "
-                        "an array, label numbers in VOC's palette")
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="the photograph")
+    add("scores", metavar="SCORES", help="an .npy array (H, W, L) of class scores, larger being "
+        "likelier, or a label picture (palette, grey or RGB), each colour in it a label")
+    add("out", metavar="OUT", help="the .png to write: a label picture in the colours of SCORES "
+        "or, for an array, label numbers in VOC's palette")
     add = parser.add_argument_group("what SCORES means").add_argument
     add("--probabilities", action="store_true", help="the array holds probabilities, not scores")
     add("--confidence", type=float, metavar="P",
@@ -59,16 +59,10 @@ def parse_arguments(arguments=None):
         help="(default: 80 13)")
     add("--parameters", metavar="FILE",
         help="learned weights and sigmas instead: a checkpoint of run_voc.py, such as joint.npz")
-    add("--iterations", type=steps, metavar="T", default=5, help="mean-field steps (default: 5)")
+    add("--iterations", type=int, metavar="T", default=5, help="mean-field steps (default: 5)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="(default: a GPU where there is one)")
     return parser.parse_args(arguments)
-
-
-def steps(text):
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 0 or more")
-    return int(text)
 
 
 def colour(text):
@@ -79,19 +73,13 @@ def colour(text):
     raise argparse.ArgumentTypeError(f"found {text!r}, expected a name, R,G,B or RRGGBB")
 
 
-def is_array(path):
-    """Whether a file begins as .npy files do; False where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(6) == b"\x93NUMPY"
-    return False
-
-
 def read_array(path, probabilities=False):
     """The scores (H, W, L) float32 in an .npy file of scores or probabilities."""
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:      # NumPy raises half a dozen kinds for broken files
-        raise ValueError(f"{path}: not a readable .npy file ({one_line(error, path)})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable .npy file ({reason})") from None
     if values.ndim != 3 or values.dtype.kind not in "fiu" or not 1 <= values.shape[2] <= MAX_LABELS:
         raise ValueError(f"{path}: found shape {values.shape} of {values.dtype}, expected "
                          f"(H, W, L) of real numbers, L at most {MAX_LABELS}")
@@ -110,30 +98,21 @@ def read_labels(path, unknown=None):
     labels: 0..L-1, numbered by colour; VOID where the colour is `unknown`, (R, G, B).
     paint: turns labels (H, W) without VOID into a picture of the file's own mode and colours.
     """
-    try:
-        picture = Image.open(path, formats=pictures.FORMATS)
-        if picture.width * picture.height > pictures.MAX_PIXELS:
-            raise ValueError(f"found {picture.width}x{picture.height} pixels, "
-                             f"expected at most {pictures.MAX_PIXELS}")
-        rgb = np.asarray(picture.convert("RGB"), np.int32)               # (H, W, 3)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: found no such file, expected scores or labels") from None
-    except Exception as error:      # Pillow raises half a dozen kinds for broken files
-        raise ValueError(f"{path}: neither an .npy file nor a readable picture "
-                         f"({one_line(error, path)})") from None
+    picture = pictures.open_picture(path, "picture or .npy file")
     if picture.mode not in MODES:
         raise ValueError(f"{path}: found a picture of mode {picture.mode}, expected labels in one "
                          f"of the modes {', '.join(MODES)}")
-    codes, first, labels = np.unique(rgb @ RGB_CODE, return_index=True, return_inverse=True)
-    known = np.ones_like(codes, bool) if unknown is None else codes != np.dot(unknown, RGB_CODE)
-    if not 1 <= known.sum() <= MAX_LABELS:
-        raise ValueError(f"{path}: found {known.sum()} colours besides unknown, expected 1 to "
-                         f"{MAX_LABELS}, each a label (JPEG and smoothing add colours)")
+    codes = np.asarray(picture.convert("RGB"), np.int32) @ RGB_CODE                  # (H, W)
+    colours, first, index = np.unique(codes, return_index=True, return_inverse=True)
+    known = colours != (-1 if unknown is None else np.dot(unknown, RGB_CODE))
+    L = int(known.sum())
+    if not 1 <= L <= MAX_LABELS:
+        raise ValueError(f"{path}: found {L} colours besides unknown, expected 1 to {MAX_LABELS}, "
+                         "each a label (JPEG and smoothing add colours)")
     if unknown is not None and known.all():
         print(f"note: {path}: found no pixel in the unknown colour {unknown}", file=sys.stderr)
     number = np.where(known, np.cumsum(known) - 1, VOID).astype(np.uint8)    # of each colour
-    values = np.asarray(picture)
-    values = values.reshape(labels.size, *values.shape[2:])[first[known]]    # (L,) or (L, channels)
+    values = np.asarray(picture)[np.unravel_index(first[known], codes.shape)]    # (L,), (L, 3 or 4)
 
     def paint(labels):
         painted = Image.fromarray(values[labels])
@@ -141,11 +120,7 @@ def read_labels(path, unknown=None):
             painted.putpalette(picture.getpalette())
         return painted
 
-    return number[labels].reshape(rgb.shape[:2]), len(values), paint
-
-
-def one_line(error, path):
-    return " ".join(str(error).replace(str(path), "this file").split()) or type(error).__name__
+    return number[index].reshape(codes.shape), L, paint
 
 
 def paint_voc(labels):
@@ -157,64 +132,48 @@ def paint_voc(labels):
 
 def read_scores(args):
     """(scores (H, W, L) float32, labels (H, W) before the CRF, paint) as args.scores gives them."""
-    if is_array(args.scores):
-        if args.confidence is not None or args.unknown is not None:
-            raise ValueError(f"{args.scores}: found an array, expected a label picture for "
-                             "--confidence and --unknown")
+    array = args.scores.lower().endswith(".npy")
+    if args.probabilities and not array:
+        raise ValueError(f"{args.scores}: found a picture, expected an .npy for --probabilities")
+    if array and (args.confidence is not None or args.unknown is not None):
+        raise ValueError(f"{args.scores}: found an array, expected a label picture for "
+                         "--confidence and --unknown")
+    if array:
         scores = read_array(args.scores, args.probabilities)
         return scores, scores.argmax(axis=2), paint_voc
-    labels, n_labels, paint = read_labels(args.scores, args.unknown)
-    if args.probabilities:
-        raise ValueError(f"{args.scores}: found a picture, expected an .npy for --probabilities")
+    labels, L, paint = read_labels(args.scores, args.unknown)
     confidence = CONFIDENCE if args.confidence is None else args.confidence
-    return scores_from_labels(labels, n_labels, confidence), labels, paint
+    return scores_from_labels(labels, L, confidence), labels, paint
 
 
 def build_crf(args, n_labels):
     """The CRF of the options, or of a checkpoint: its nine parameters fit any number of labels."""
-    given = {name: getattr(args, name) for name in ("w", "sigma_position", "sigma_bilateral")
-             if getattr(args, name) is not None}
-    if args.parameters:
-        if given:
-            found = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--parameters: found --{found} as well, expected one or the other")
-        crf = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
-        if crf is None:
-            raise ValueError(f"{args.parameters}: found a network without CRF, expected a "
-                             "checkpoint of the joint or the piecewise stage")
-        crf.n_labels, crf.iterations = n_labels, args.iterations
-        return crf
-    if "sigma_position" in given:
-        given["sigma_position"] = (args.sigma_position,) * 2
-    if "sigma_bilateral" in given:
+    options = {} if args.w is None else {"w": args.w}
+    if args.sigma_position is not None:
+        options["sigma_position"] = (args.sigma_position,) * 2
+    if args.sigma_bilateral is not None:
         spatial, tone = args.sigma_bilateral
-        given["sigma_bilateral"] = (spatial,) * 2 + (tone,) * 3
-    return DenseCRF(n_labels, iterations=args.iterations, **given)
-
-
-def check_out(args):
-    """Refuse, before the work is done, an OUT that cannot be written or is one of the inputs."""
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if (not args.out.lower().endswith(".png") or os.path.isdir(args.out)
-            or not os.path.isdir(folder)):
-        raise ValueError(f"{args.out}: found no place for a picture, expected a name ending in "
-                         ".png, in a folder that exists")
-    if os.path.realpath(args.out) in map(os.path.realpath, (args.image, args.scores)):
-        raise ValueError(f"{args.out}: found an input, expected another file for the result")
-
-
-def save(picture, path):
-    """Write a picture beside and rename it: an interrupted write leaves what was there."""
-    try:
-        picture.save(f"{path}.tmp", format="PNG")
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror})") from None
+        options["sigma_bilateral"] = (spatial,) * 2 + (tone,) * 3
+    crf = DenseCRF(n_labels, iterations=args.iterations, **options)
+    if args.parameters is None:
+        return crf
+    if options:
+        raise ValueError(f"--parameters: found --{next(iter(options)).replace('_', '-')} as well, "
+                         "expected one or the other")
+    learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
+    if learned is None:
+        raise ValueError(f"{args.parameters}: found a network without CRF, expected a checkpoint "
+                         "of the joint or the piecewise stage")
+    learned.n_labels, learned.iterations = crf.n_labels, crf.iterations
+    return learned
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    check_out(args)
+    inputs = map(os.path.realpath, (args.image, args.scores))
+    if not args.out.lower().endswith(".png") or os.path.realpath(args.out) in inputs:
+        raise ValueError(f"{args.out}: found no place for the result, expected a name ending in "
+                         ".png that is none of the inputs")
     image = pictures.read_photograph(args.image)
     scores, before, paint = read_scores(args)
     (H, W, L), size = scores.shape, image.shape[:2]
@@ -224,7 +183,8 @@ def main(arguments=None):
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     q = build_crf(args, L).forward(to_device(scores, device), to_device(image, device), train=False)
     labels = to_host(q.argmax(axis=2))
-    save(paint(labels), args.out)
+    with checkpoints.replacing(args.out, "wb") as file:
+        paint(labels).save(file, format="PNG")
     changed = np.mean((labels != before)[before != VOID])
     print(f"wrote {args.out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed")
 

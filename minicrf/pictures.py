@@ -9,23 +9,33 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that sta
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def read_photograph(path):
-    """A photograph as (H, W, 3) uint8 RGB, turned as its orientation tag says.
+def open_picture(path, kind, formats=FORMATS, upright=True):
+    """A Pillow image, decoded; upright: turned as its orientation tag says.
 
-    Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
-    or OSError with one line that names the file.
+    kind: what errors say was expected.  Raises ValueError or FileNotFoundError, in one line.
     """
     try:
-        picture = Image.open(path, formats=FORMATS)
+        picture = Image.open(path, formats=formats)
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"found {picture.width}x{picture.height} pixels, "
                              f"expected at most {MAX_PIXELS}")
-        picture = ImageOps.exif_transpose(picture)
+        picture.load()
+        return ImageOps.exif_transpose(picture) if upright else picture
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: found no such file, expected a photograph") from None
+        raise FileNotFoundError(f"{path}: found no such file, expected a {kind}") from None
     except Exception as error:      # Pillow raises half a dozen kinds for broken files
         reason = " ".join(str(error).replace(str(path), "this file").split())
-        raise ValueError(f"{path}: not a readable photograph ({reason})") from None
+        raise ValueError(f"{path}: found a file that cannot be read ({reason}), expected a {kind}: "
+                         f"{', '.join(formats)}") from None
+
+
+def read_photograph(path):
+    """A photograph as (H, W, 3) uint8 RGB.
+
+    Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
+    or FileNotFoundError with one line that names the file.
+    """
+    picture = open_picture(path, "photograph")
     if picture.mode.startswith(("I", "F")):                              # 16 bits and more
         values = np.asarray(picture, np.float32) / 256
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -42,9 +52,8 @@ def find_photographs(path):
     """
     if not os.path.isdir(path):
         return [path]
-    found = sorted(os.path.join(path, name) for name in os.listdir(path)
-                   if name.lower().endswith(ENDINGS)
-                   and not os.path.isdir(os.path.join(path, name)))
+    found = sorted(entry.path for entry in os.scandir(path)
+                   if entry.name.lower().endswith(ENDINGS) and not entry.is_dir())
     if not found:
         raise FileNotFoundError(f"{path}: found no photographs, expected files ending in "
                                 f"{', '.join(ENDINGS)}")

@@ -13,18 +13,18 @@ import pathlib
 import re
 
 import numpy as np
-import scipy.io
 from PIL import Image
 from tqdm import tqdm
 
 from .losses import VOID
+from .pictures import MAX_PIXELS, open_picture
+from .weights import read_mat
 
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
     "train", "tvmonitor")
 
-MAX_PIXELS = 1 << 26      # refuse larger pictures: VOC's have 500 x 500, and a CRF variable a pixel
 LISTS = "ImageSets/Segmentation"
 
 
@@ -291,18 +291,8 @@ def _paths(root, image_id, sbd):
 
 
 def _open(path):
-    """A decoded Pillow image."""
-    try:
-        picture = Image.open(path, formats=("JPEG", "PNG"))    # none that starts other programs
-        if picture.width * picture.height <= MAX_PIXELS:
-            picture.load()
-    except Exception as error:      # Pillow raises half a dozen kinds for broken files
-        raise ValueError(f"{path}: found a picture that cannot be read ({_reason(error)}), "
-                         "expected a whole JPEG or PNG file") from None
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{path}: found {picture.width}x{picture.height} pixels, "
-                         f"expected at most {MAX_PIXELS}")
-    return picture
+    """A decoded Pillow image, not turned: labels go with the pixels as they are stored."""
+    return open_picture(path, "whole picture", ("JPEG", "PNG"), upright=False)
 
 
 def _read_png(path):
@@ -316,17 +306,12 @@ def _read_png(path):
 
 def _read_mat(path):
     """Labels (H, W) from one of SBD's .mat files: GTcls.Segmentation."""
+    content = read_mat(path, MAX_PIXELS)
     try:
-        labels = scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
-    except Exception as error:      # scipy raises a dozen kinds for broken files
-        raise ValueError(f"{path}: found a file without GTcls.Segmentation ({_reason(error)}), "
-                         "expected labels in SBD's layout") from None
+        labels = content["GTcls"]["Segmentation"][0]
+    except (KeyError, TypeError, IndexError):
+        labels = None
     if not (isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.dtype.kind in "ui"):
-        raise ValueError(f"{path}: found GTcls.Segmentation of another kind, "
-                         "expected an array of integers, height x width")
+        raise ValueError(f"{path}: found no GTcls.Segmentation of integers, height x width, "
+                         "expected labels in SBD's layout")
     return labels
-
-
-def _reason(error):
-    """The text of an exception on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,13 +3,14 @@
 Convention: keys `conv1_1_w` (O, C, k, k), `conv1_1_b` (O,), ... `fc8_b`; input BGR, 0-255, minus
 `mean` (3,), BGR.  What a file is, its content says; nothing in it is executed.
 """
+import itertools
 import json
 import math
 import os
 import zipfile
+import zlib
 
 import numpy as np
-import scipy.io
 
 from .arrays import array_module
 from .layers import Conv2d
@@ -19,6 +20,8 @@ LIMIT = 2 ** 32                               # bytes: no VGG checkpoint comes n
 EXPANSION = 20                                # floats shrink by less; zip bombs by a thousand
 NAMES = [f"conv{b}_{i}" for b, n in zip(range(1, 6), (2, 2, 3, 3, 3)) for i in range(1, n + 1)]
 FULLY_CONNECTED = ["fc6", "fc7"]              # the 1000-class fc8 is of no use here
+MAT_LEVELS, MAT_ARRAYS = 8, 2 ** 16           # VGG's .mat: 5 levels, less than 4000 arrays
+MAT_TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17), "bBhHiIfdqQBH"))   # NumPy's
 
 
 def read_weights(path):
@@ -147,37 +150,101 @@ def read_safetensors(path):
 
 
 def read_matconvnet(path):
-    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB.
-
-    For files of known origin: scipy's own reader crashes on some that are damaged or nested deep.
-    """
+    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB."""
+    content = read_mat(path, min(LIMIT, max(2 ** 26, EXPANSION * os.path.getsize(path))))
     try:
-        content = scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False,
-                                   variable_names=["layers", "meta", "normalization"])
         weights = {}
-        for layer in np.atleast_1d(content["layers"]):
-            if layer.name not in NAMES + FULLY_CONNECTED:
-                continue
-            if hasattr(layer, "weights"):
-                w, b = layer.weights[0], layer.weights[1]
-            else:                                   # files of before 2015
-                w, b = layer.filters, layer.biases
-            w = np.asarray(w)
-            w = w[None, None] if w.ndim == 2 else w                      # squeezed 1x1 kernel
-            weights[f"{layer.name}_w"] = np.ascontiguousarray(w.transpose(3, 2, 0, 1))
-            weights[f"{layer.name}_b"] = np.atleast_1d(b)
-        meta = content["meta"] if "meta" in content else content
-        normalization = meta["normalization"] if isinstance(meta, dict) else meta.normalization
-        mean = np.asarray(normalization.averageImage, dtype=np.float64)
-        if mean.ndim == 3:
-            mean = mean.mean(axis=(0, 1))
-        weights["mean"] = mean[::-1]                                     # RGB -> BGR
+        for layer in content["layers"]:
+            [name] = layer["name"]
+            if name in NAMES + FULLY_CONNECTED:
+                old = "weights" not in layer                             # of before 2015
+                w, b = layer["filters"] + layer["biases"] if old else layer["weights"][0][:2]
+                weights[f"{name}_w"] = np.ascontiguousarray(w.transpose(3, 2, 0, 1))
+                weights[f"{name}_b"] = b.ravel()
+        meta = content.get("meta", {"normalization": [content.get("normalization")]})
+        mean = np.asarray(meta["normalization"][0]["averageImage"][0], dtype=np.float64)
+        weights["mean"] = mean.reshape(-1, 3).sum(axis=0)[::-1] * (3 / mean.size)    # RGB -> BGR
         if "conv1_1_w" in weights:
             weights["conv1_1_w"] = np.ascontiguousarray(weights["conv1_1_w"][:, ::-1])
         return weights
-    except Exception as error:      # scipy raises a dozen kinds for broken files
+    except Exception as error:      # a sound file of anything else
         raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: "
                          f"{reason(error)}") from None
+
+
+def read_mat(path, limit):
+    """The variables {name: value} of a .mat file of version 5 (MathWorks, "MAT-File Format").
+
+    Numbers are arrays of the type they are stored in; char arrays str, cell arrays lists, struct
+    arrays dicts of lists, all in MATLAB's order; [] can be None, and objects, functions and sparse
+    matrices, which nobody needs, are.  limit: bytes, of the file and of all it inflates to.
+    Raises ValueError, OSError.  Not scipy.io.loadmat: its compiled reader crashes on damaged types
+    and on deep nesting.
+    """
+    variables, ration = {}, iter(range(MAT_ARRAYS))
+    with open(path, "rb") as file:                     # one beyond the limit looks cut off
+        content = memoryview(file.read(min(limit, os.path.getsize(path))))
+    try:
+        if content[124:128] != b"\0\1IM":
+            raise ValueError(f"found {bytes(content[124:128])}, expected a little-endian version 5")
+        for kind, data in mat_elements(content[128:]):
+            if kind == 15:                                               # compressed
+                stream = zlib.decompressobj()
+                data = memoryview(stream.decompress(data, limit + 1))
+                limit -= len(data)
+                if limit < 0 or not stream.eof:
+                    raise ValueError("found compressed data cut off, or larger than allowed")
+                [(kind, data)] = mat_elements(data)
+            name, variables[name] = mat_array(kind, data, ration)
+    except Exception as error:      # a file may lie in a dozen ways
+        raise ValueError(f"{path}: found no sound .mat file: {reason(error)}") from None
+    return variables
+
+
+def mat_elements(data):
+    """Yields (type, content) of the elements that follow each other in data; contents are views."""
+    at = 0
+    while at < len(data):
+        kind, size = np.frombuffer(data[at:at + 8], "<u4").tolist()
+        start, room = at + 8, len(data) - at - 8
+        if kind >> 16:                             # short form: size and type in 4 bytes, data in 4
+            kind, size, start, room = kind & 0xffff, kind >> 16, at + 4, 4
+        if size > room:
+            raise ValueError(f"found an element of {size} bytes, expected at most {room}")
+        yield kind, data[start:start + size]
+        at = start + size + (-(start + size - at) % 8 if kind != 15 else 0)
+
+
+def mat_array(kind, data, ration, levels=MAT_LEVELS):
+    """Name and value of one array.  ration: an iterator with one item for each array allowed."""
+    if kind != 14 or not levels or next(ration, None) is None:
+        raise ValueError(f"found type {kind} in level {MAT_LEVELS - levels + 1}, expected at most "
+                         f"{MAT_ARRAYS} arrays (14) in {MAT_LEVELS} levels")
+    if not data:
+        return "", None
+    parts = mat_elements(data)
+    (_, flags), (_, shape), (_, name) = itertools.islice(parts, 3)
+    kind, name = flags[0], str(name, "latin-1")
+    if kind in (3, 5, 16, 17):                         # objects, sparse matrices, functions
+        return name, None
+    shape = np.frombuffer(shape, "<u4", len(shape) // 4)
+    if kind in (1, 2):                                                   # cells, structs
+        keys = [""]
+        if kind == 2:
+            _, (_, text) = itertools.islice(parts, 2)
+            keys = [key for key in str(text[:2 ** 16], "latin-1").split("\0") if key]
+        values = [mat_array(*part, ration, levels - 1)[1] for part in parts]
+        if len(values) != int(shape.prod()) * len(keys):
+            raise ValueError(f"found {len(values)} values, expected {len(keys)} x {shape[:9]}")
+        structs = {key: values[i::len(keys)] for i, key in enumerate(keys)}
+        return name, structs if kind == 2 else values
+    (stored, data), *more = itertools.islice(parts, 2)
+    if more or kind not in (4, *range(6, 16)) or stored not in MAT_TYPES:
+        raise ValueError(f"found an array of class {kind} in {len(more) + 1} parts, the first of "
+                         f"type {stored}, expected real numbers or text in one")
+    if kind == 4:
+        return name, str(data, "utf-16-le" if stored in (4, 17) else "utf-8", "replace")
+    return name, np.frombuffer(data, "<" + MAT_TYPES[stored]).reshape(shape, order="F")
 
 
 def fill(net, weights, path):

@@ -218,7 +218,7 @@ def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root, mon
 
 def test_what_goes_wrong_in_a_thread_is_raised(root):
     (root / "JPEGImages" / "a_2.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="a_2.jpg: found a picture that cannot be read"):
+    with pytest.raises(ValueError, match="a_2.jpg: found a file that cannot be read"):
         for _ in itertools.islice(voc.batches(root, TRAIN, 2, seed=0, **NET), 4):
             pass
     with pytest.raises(ValueError, match="found 0 images for batches of 2"):
@@ -283,7 +283,7 @@ def test_only_jpeg_and_png_are_opened(root, kind):
     """Pillow reads many more formats, some by starting other programs."""
     picture = Image.open(labels_of(root, "a_1"))
     picture.save(labels_of(root, "a_1"), format=kind)
-    with pytest.raises(ValueError, match="a_1.png: found a picture that cannot be read"):
+    with pytest.raises(ValueError, match="a_1.png: found a file that cannot be read"):
         voc.load(root, "a_1")
 
 
@@ -292,7 +292,7 @@ def test_only_jpeg_and_png_are_opened(root, kind):
 def test_decompression_bombs_are_refused(root, side):
     path = root / "SegmentationClass" / "a_1.png"
     path.write_bytes(png_header(side, side))
-    with pytest.raises(ValueError, match="a_1.png: found .*pixels"):
+    with pytest.raises(ValueError, match="a_1.png: found a file .*[0-9] pixels"):
         voc.load(root, "a_1")
 
 
