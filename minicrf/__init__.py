@@ -6,6 +6,7 @@ Read the files in this order, each resting on those before it:
     arrays          NumPy or CuPy: the one file that knows the difference
     gradcheck       finite differences: what every backward below is held against
     losses          softmax, and the log-likelihood of the truth            Eqs. 6, 8
+    im2col          a convolution as one matrix product
     layers          convolution with holes, ReLU, pooling, upsampling; forward above backward
     vgg             the 16-layer net: 306 x 306 pixels to 40 x 40 cells     Sec. 4.1
     permutohedral   Gaussian filtering in linear time                       [Adams 2010]
@@ -14,11 +15,13 @@ Read the files in this order, each resting on those before it:
     optim           momentum SGD
     training        one step, two stages, evaluation                        Figs. 1 and 3
 
-The rest is plumbing: voc, toy, weights, checkpoints and pictures read and write files; metrics
-counts; figures draws; reports sums up a run; __main__ is the CRF on the command line.  README.md,
-"The lesson", goes through the mathematics in the same order.
+The rest is plumbing: voc, toy, weights, checkpoints and pictures read and write files; scores makes
+class scores of labels; metrics counts; logs keeps the course of a run, figures draws it, reports
+sums it up; __main__ is the CRF on the command line.  README.md, "The lesson", goes through the
+mathematics in this order.
 """
 __version__ = "0.1.0"
 
-from .densecrf import DenseCRF, scores_from_labels, scores_from_probabilities
+from .densecrf import DenseCRF
 from .permutohedral import PermutohedralLattice
+from .scores import scores_from_labels, scores_from_probabilities

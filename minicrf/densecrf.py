@@ -10,7 +10,7 @@ import numpy as np
 
 from .arrays import array_module, for_each, to_host
 from .kernels import GaussianKernel
-from .losses import VOID, softmax
+from .losses import softmax
 
 BLOCK = 2**13           # pixels that one thread updates at a time: small enough for its cache
 CACHED_KERNELS = 4      # position kernels kept: they depend on the image's size and sigma alone
@@ -80,29 +80,29 @@ class DenseCRF:
         disagree.  Neither array is written to.
         """
         xp = array_module(scores)
-        best = _check(scores, image, self.n_labels).reshape(-1, 1)           # (N, 1)
+        _check(scores, image, self.n_labels)
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         kernels = self._kernels(f, scores.shape[:2], image)
         w = [float(w_m) for w_m in self.params["w"]]
         self_weight = _self_weight(w, kernels, f)                            # (N, 1)
         blocks = _blocks(f)
 
-        logits = f.copy()                                                    # (N, L)
-        q = softmax(f)                                                       # (N, L)
+        logits, q = xp.empty_like(f), xp.zeros_like(f)                       # (N, L)
         steps = []                                                           # q^0 .. q^(T-1)
-        for t in range(self.iterations):
-            if train:
-                steps.append(q)
-            spread = for_each(lambda kernel: kernel.K_hat.spread(q), kernels, q)
-            q, q_before = xp.empty_like(q), q
+        spread = []                           # of q by each kernel; none at first: z^0 = f
 
-            def update(rows):
-                z = f[rows] - self_weight[rows] * q_before[rows]
-                for w_m, kernel, v in zip(w, kernels, spread):
-                    z += w_m * kernel.K_hat.gather(v, rows)
-                if t == self.iterations - 1:
-                    logits[rows] = z
-                q[rows] = _softmax(z, best[rows])
+        def update(rows):
+            z = f[rows] - self_weight[rows] * q[rows]
+            for w_m, kernel, v in zip(w, kernels, spread):
+                z += w_m * kernel.K_hat.gather(v, rows)
+            if t == self.iterations:
+                logits[rows] = z
+            q[rows] = _softmax(z)
+
+        for t in range(self.iterations + 1):
+            if t > 0:
+                spread = for_each(lambda kernel: kernel.K_hat.spread(q), kernels, q)
+                steps += [q.copy()] if train else []
             for_each(update, blocks, q)
 
         self.logits = logits.reshape(scores.shape)                           # (H, W, L)
@@ -122,16 +122,16 @@ class DenseCRF:
         whatever the number of parameters.
         """
         kernels, steps, q = self._kept()
-        dz = dz.reshape(q.shape)                                             # (N, L)
+        dz = dz.reshape(q.shape).copy()                                      # (N, L)
         xp = array_module(dz)
         w = [float(w_m) for w_m in self.params["w"]]
         blocks = _blocks(dz)
         self_weight = _self_weight(w, kernels, dz)                           # (N, 1)
         weighted = [kernel.weighted() for kernel in kernels]
         # what the gradients of w and sigma are linear in, summed over steps and labels
-        forth = xp.zeros((len(kernels), len(dz)), dtype=dz.dtype)            # (M, N): dz K_hat q
+        forth = xp.zeros((len(kernels), len(dz)), dtype=np.float64)          # (M, N): dz K_hat q
         back = xp.zeros_like(forth)                                          # (M, N): q K_hat^T dz
-        product = xp.zeros_like(dz[:, 0])                                    # (N,): dz q
+        product = xp.zeros_like(forth[0])                                    # (N,): dz q
         cross = [0] * len(kernels)                                           # M times (d,)
         df = xp.zeros_like(dz)
 
@@ -148,7 +148,6 @@ class DenseCRF:
                 spread.append(next(results))
                 spread_back.append(next(results))
                 cross[m] += xp.stack([next(results) for _ in filters])
-            dz_before = xp.empty_like(dz)
 
             def update(rows):
                 df[rows] += dz[rows]
@@ -160,9 +159,8 @@ class DenseCRF:
                     dq += w[m] * K_dz
                 product[rows] += _row_dots(dz[rows], q[rows])
                 # forward: q^(t-1) = softmax(z^(t-1))
-                dz_before[rows] = _through_softmax(dq, q[rows])
+                dz[rows] = _through_softmax(dq, q[rows])
             for_each(update, blocks, dz)
-            dz = dz_before
         # forward: z^0 = f
         df += dz
 
@@ -230,54 +228,20 @@ class DenseCRF:
         return for_each(lambda name: build[name](), self._sigma_names(), f)
 
 
-def scores_from_probabilities(p, floor=1e-6):
-    """Scores log p for DenseCRF from class probabilities p (..., L), floats, in p's dtype.
-
-    floor: smaller probabilities are raised to it, since a 0 from rounding would forbid a label for
-    good; floor=0 keeps it as -inf.  Raises ValueError where p is negative, NaN or no float.
-    """
-    xp = array_module(p)
-    if p.dtype.kind != "f" or not bool((p >= 0).all()):
-        raise ValueError(f"p: found {p.dtype} with minimum {float(p.min()):g}, "
-                         "expected floats, at least 0")
-    with np.errstate(divide="ignore"):
-        return xp.log(xp.maximum(p, p.dtype.type(floor)))
-
-
-def scores_from_labels(labels, n_labels, confidence, unknown=VOID, dtype=np.float32):
-    """Scores (H, W, L) for DenseCRF from a label map (H, W) of integers in 0..L-1.
-
-    confidence: probability, 0 < confidence < 1, that a pixel's given label is the right one; the
-    others share the rest evenly.
-    unknown: the value of pixels with no label, for which all are alike; None if there are none.
-    Raises ValueError where confidence or a label is out of range.
-    """
-    xp = array_module(labels)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: found {confidence}, expected a probability between 0 and 1")
-    known = xp.ones(labels.shape, dtype=bool) if unknown is None else labels != unknown
-    wrong = known & ((labels < 0) | (labels >= n_labels))
-    if bool(wrong.any()):
-        raise ValueError(f"labels: found {int(labels[wrong][0])}, expected 0 to {n_labels - 1}"
-                         + ("" if unknown is None else f", or {unknown} for unknown"))
-    given = known[..., None] & (labels[..., None] == xp.arange(n_labels))    # (H, W, L)
-    log_odds = np.log(confidence) - np.log((1 - confidence) / max(n_labels - 1, 1))
-    return given.astype(dtype) * dtype(log_odds)
-
-
 def _check(scores, image, n_labels):
-    if scores.ndim != 3 or scores.shape[2] != n_labels or scores.dtype.char not in "fd":
+    if (scores.ndim != 3 or scores.shape[2] != n_labels or scores.dtype.char not in "fd"
+            or not scores.size):
         raise ValueError(f"scores: found shape {scores.shape} of {scores.dtype}, "
                          f"expected (H, W, {n_labels}) of float32 or float64")
     if image.ndim != 3 or image.shape[:2] != scores.shape[:2]:
         raise ValueError(f"image: found shape {image.shape}, "
                          f"expected (H, W, C) with the H and W of the scores, {scores.shape}")
-    best = scores.max(axis=2)                                                # (H, W)
+    forbidden = bool(scores.min() == -np.inf)
+    best = scores.max(axis=2) if forbidden else scores.max()       # the latter is ten times faster
     if not bool((abs(best) < np.inf).all()):     # NaN compares as false
         raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
     if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
         raise ValueError("image: found NaN or infinite values, expected finite ones")
-    return best
 
 
 def _self_weight(w, kernels, values):
@@ -288,19 +252,15 @@ def _self_weight(w, kernels, values):
     return total
 
 
-def _softmax(z, best):
-    """losses.softmax of logits z (N, L), given the best score of each pixel before the messages.
-
-    Messages are moderate, as a rule, so that these scores do to keep exp in range: it spares the
-    maximum, which takes longer than all the rest.
-    """
+def _softmax(z):
+    """losses.softmax of logits z (N, L), where it can without the maximum, which takes longest."""
     xp = array_module(z)
-    if xp is not np:                     # asking whether they do would wait for the device
+    if xp is not np:                     # asking whether exp stays in range would wait for a GPU
         return softmax(z)
     with np.errstate(over="ignore"):
-        q = xp.exp(z - best)
-        total = xp.einsum("il->i", q)                                        # (N,)
-    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+        q = np.exp(z)
+        total = np.einsum("il->i", q)                                        # (N,)
+    if not ((total > 1e-20) & (total < 1e20)).all():
         return softmax(z)
     q *= (1 / total)[:, None]
     return q

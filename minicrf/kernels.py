@@ -32,10 +32,8 @@ class GaussianKernel:
         # lattice: its cells lie where those of other libraries do
         centred = features - features.mean(axis=1, keepdims=True)
         self.features = centred / sigma[:, None]                             # (d, N)
-        if exact:
-            self.K = ExactFilter(self.features.T)
-        else:
-            self.K = PermutohedralLattice((features / sigma[:, None]).T)
+        self.K = (ExactFilter(self.features.T) if exact
+                  else PermutohedralLattice((features / sigma[:, None]).T))
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
             self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))
@@ -76,13 +74,15 @@ class GaussianKernel:
         c_i = (-outer_i / 2 + kappa_i / n_i product_i) / n_i.
         """
         xp = array_module(outer)
-        squares = self.features**2                                           # (d, N)
+        # float64, as large terms cancel, the more so the narrower the kernel
+        features = self.features.astype(np.float64)                          # (d, N)
+        squares = features**2                                                # (d, N)
         gradient = squares @ outer - 2 * cross                               # (d,)
         if self.n is not None:
             c = (self.self_weight * product - outer / 2) / self.n            # (N,)
-            moments = xp.concatenate([self.features, squares]).T             # (N, 2d)
-            K_F, K_squares = xp.split(self.K.filter(moments).T, 2)           # (d, N) each
-            gradient += (squares * self.n + K_squares - 2 * self.features * K_F) @ c
+            moments = xp.concatenate([xp.ones_like(squares[:1]), features, squares]).T   # (N, 1+2d)
+            n, K_F, K_squares = xp.split(self.K.filter(moments).T, [1, 1 + len(features)])
+            gradient += (squares * n + K_squares - 2 * features * K_F) @ c
         return gradient
 
 
@@ -130,8 +130,8 @@ class ExactFilter:
         return out
 
     def inner(self, a, b):
-        """<a, K b>, summed over the columns, for a and b (N, C)."""
-        return (a * self.filter(b)).sum()
+        """<a, K b>, summed over the columns, for a and b (N, C): 0-d, float64."""
+        return (a * self.filter(b)).sum(dtype=np.float64)
 
     def scaled(self, s):
         """The filter of diag(s) K diag(s) for s (N,)."""

@@ -5,6 +5,7 @@ d+1 directions and sliced back: the messages of the paper's Eq. 5, and of its ba
 Legend: N points, d feature dimensions, S distinct simplices, P lattice points, C columns of values.
 """
 import copy
+import math
 
 import numpy as np
 
@@ -26,13 +27,14 @@ class PermutohedralLattice:
 
     def __init__(self, features):
         cells, ranks, offsets = _enclosing_simplices(features)               # each (d+1, N)
-        weights = _barycentric(offsets)                               # (d+1, N)
-        corners, points = _corners(cells, ranks)                             # (N, d+1)
+        weights = _barycentric(offsets)                                      # (d+1, N)
+        corners, points, steps = _corners(cells, ranks)               # (N, d+1), (P,), (d+1,)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
-        self.slice = _sparse_rows(weights.T, corners, len(points))           # (N, P)
-        self.blurs = [_blur(points, axis, weights.dtype) for axis in range(d + 1)]
+        starts = array_module(features).arange(0, corners.size + 1, d + 1, dtype=np.int32)
+        self.slice = _sparse(weights.T.ravel(), corners.ravel(), starts, len(points))    # (N, P)
+        self.blurs = [_blur(points, step, weights.dtype) for step in steps]
         self._row_slices = {}
 
     def filter(self, values):
@@ -70,16 +72,15 @@ class PermutohedralLattice:
         return self._row_slices[key] @ v
 
     def inner(self, a, b):
-        """<a, K b>, summed over the columns, for a and b (N, C): no need to slice.  A 0-d array."""
-        xp = array_module(a)
-        return xp.vdot(self._splat(a), self.spread(b))
+        """<a, K b>, all columns added up, for a and b (N, C): 0-d, float64.  No need to slice."""
+        return (self._splat(a) * self.spread(b)).sum(dtype=np.float64)
 
     def scaled(self, s):
         """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
         other = copy.copy(self)
-        corners = self.slice.indices.reshape(len(s), -1).copy()              # (N, d+1)
-        weights = self.slice.data.reshape(corners.shape) * s[:, None]
-        other.slice = _sparse_rows(weights, corners, self.slice.shape[1])
+        weights = self.slice.data.reshape(len(s), -1) * s[:, None]           # (N, d+1)
+        other.slice = _sparse(weights.ravel(), self.slice.indices, self.slice.indptr,
+                              self.slice.shape[1])
         other.diagonal = self.diagonal * s * s
         other._row_slices = {}
         return other
@@ -110,8 +111,7 @@ def _enclosing_simplices(features):
 
     cells = xp.rint(elevated)
     offsets = elevated - cells
-    ranks = xp.empty(cells.shape, dtype=np.int16)
-    ranks[:] = xp.arange(d + 1)[:, None]
+    ranks = xp.zeros(cells.shape, np.int16) + xp.arange(d + 1, dtype=np.int16)[:, None]
     for i in range(d + 1):
         for j in range(i + 1, d + 1):
             smaller = offsets[i] < offsets[j]
@@ -153,11 +153,8 @@ def _barycentric(offsets):
         for j in range(i % 2, d, 2):
             above, below = ordered[j], ordered[j + 1]
             ordered[j], ordered[j + 1] = xp.maximum(above, below), xp.minimum(above, below)
-    weights = xp.empty_like(offsets)
-    weights[0] = 1 + ordered[d] - ordered[0]
-    for r in range(1, d + 1):
-        weights[r] = ordered[d - r] - ordered[d + 1 - r]
-    return weights
+    return xp.stack([1 + ordered[d] - ordered[0],
+                     *(ordered[d - r] - ordered[d + 1 - r] for r in range(1, d + 1))])
 
 
 def _self_response(weights):
@@ -176,123 +173,90 @@ def _self_response(weights):
 
 
 def _corners(cells, ranks):
-    """The lattice points at the simplices' corners: numbers (N, d+1), and an index of the points.
+    """The lattice points at the simplices' corners: numbers (N, d+1), words (P,), steps (d+1,).
 
-    A point of remainder r has the coordinates r + (d+1) m in the elevated plane, for whole m; its
-    column in the index is (m_0, ..., m_d-1, r): they sum to 0, so the last m is known.
+    A point is known by its word, one integer, linear in the coordinates: a step along axis j, which
+    is 1 - (d+1) e_j, adds steps[j] wherever it starts.  Points are numbered in the order of words.
     """
     xp = array_module(cells)
     d = len(cells) - 1
-    # pixels share simplices: find those first, and the corners of each only once
-    simplices = _Index(xp.concatenate([cells[:d], ranks[:d]]))
-    cells, ranks = simplices.columns[:d], simplices.columns[d:]              # (d, S) each
-    corners = xp.empty((d + 1, d + 1, len(simplices)), dtype=cells.dtype)    # (column, r, S)
-    for r in range(d + 1):
-        corners[:d, r] = cells - (ranks > d - r)
-        corners[d, r] = r
-    points = _Index(corners.reshape(d + 1, -1))
-    numbers = points.numbers.reshape(d + 1, -1).T                            # (S, d+1)
-    return xp.take(xp.ascontiguousarray(numbers), simplices.numbers, axis=0), points
+    # The point (d+1) m + r, of whole m and remainder r, lies in the plane: its coordinates sum to
+    # 0.  So d digits tell it: (d+1) m_0 + r, and m_j - m_0 for j = 1..d-1.  Here those of cells:
+    digits = cells[:d] - cells[0]
+    digits[0] = cells[0]
+    low, high = to_host(xp.stack([digits.min(axis=1), digits.max(axis=1)])).tolist()
+    spans = [high + 5 - low for low, high in zip(low, high)]    # corners, and steps from them
+    spans[0] *= d + 1
+    # a simplex' word has d ranks as further digits
+    rank_units, units = np.split(_units([d + 1] * d + spans), 2)
+    # by these digits, words are linear in m and r, with r counting units[0]
+    m_units = np.append((d + 1) * units[:1] - units[1:].sum(), units[1:])    # (d,)
+    steps = units[0] - np.append(m_units, 0)                                 # (d+1,): they sum to 0
+    words = sum(m.astype(np.int64) * unit for m, unit in zip(cells, m_units))            # (N,)
+    simplices = words + sum(rank.astype(np.int64) * unit for rank, unit in zip(ranks, rank_units))
+
+    # pixels share simplices: the corners of each are needed only once
+    _, numbers, member = _distinct(simplices)                                # (N,), (S,)
+    ranks = xp.take(ranks, member, axis=1)                                   # (d+1, S)
+    left = xp.arange(d, -1, -1, dtype=ranks.dtype)[:, None]
+    # corner r is r steps away from corner 0, along the axes of the r highest ranks
+    corners = words[member] + sum((rank > left) * step for rank, step in zip(ranks, steps))
+    points, corners, _ = _distinct(corners.ravel())                          # (P,), ((d+1)*S,)
+    corners = xp.ascontiguousarray(corners.reshape(d + 1, -1).T)             # (S, d+1)
+    return xp.take(corners, numbers, axis=0), points, steps
 
 
-def _blur(points, axis, dtype):
-    """The sparse (P, P) matrix of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along the axis.
+def _units(spans):
+    """int64 multipliers that make words of digits: different digits, within spans, different words.
+
+    Where 64 bits are too few they are random; then, among a million, two agree once in 10^7 cases.
+    """
+    if math.prod(spans) < LARGEST_WORD:
+        return np.cumprod([1] + spans[:-1], dtype=np.int64)
+    return np.random.default_rng(0).integers(2**63, size=len(spans)) | 1
+
+
+def _distinct(words):
+    """The distinct words, sorted (P,); the number among them of each word (n,); where they are."""
+    xp = array_module(words)
+    order = xp.argsort(words)                                                # (n,)
+    words = words[order]
+    new = xp.ones(len(words), dtype=bool)
+    new[1:] = words[1:] != words[:-1]
+    numbers = xp.empty(len(words), dtype=np.int32)
+    numbers[order] = xp.cumsum(new, dtype=np.int32) - 1
+    first = xp.flatnonzero(new)                           # (P,); here a GPU is waited for
+    return words[first], numbers, order[first]
+
+
+def _blur(points, step, dtype):
+    """The sparse (P, P) matrix of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along an axis.
 
     Neighbours that hold no pixel are missing and count as zero.
     """
-    xp = array_module(points.columns)
-    d = len(points.columns) - 1
-    # p+ = p + 1 - (d+1) e_axis: the remainder grows by one, and d+1 carries into every m
-    after = points.columns.copy()                                            # (d+1, P)
-    after[d] += 1
-    carry = after[d] > d
-    after[:d] += carry
-    after[d] -= (d + 1) * carry
-    if axis < d:
-        after[axis] -= 1
-    after = points.find(after).astype(np.int32)                             # (P,), -1 if missing
-
-    p = xp.arange(len(points), dtype=np.int32)
-    before = xp.full(len(p) + 1, -1, dtype=np.int32)
-    before[after] = p                    # where it is missing, -1, this fills the place at the end
-    before = before[:-1]
-    columns = xp.stack([p, after, before], axis=1)                           # (P, 3)
+    xp = array_module(points)
+    after = xp.minimum(xp.searchsorted(points, points + step), len(points) - 1).astype(np.int32)
+    p = xp.flatnonzero(points[after] == points + step)    # (E,): the points for which p+ is there
+    after = after[p]
+    starts = xp.ones(len(points) + 1, dtype=np.int32)     # of the rows, which hold p, p+, p-
+    starts[0] = 0
+    starts[p + 1] += 1
+    starts[after + 1] += 1
+    starts = xp.cumsum(starts, dtype=np.int32)
+    columns = xp.empty(len(points) + 2 * len(p), dtype=np.int32)
+    columns[starts[:-1]] = xp.arange(len(points), dtype=np.int32)
+    columns[starts[p] + 1] = after
+    columns[starts[after + 1] - 1] = p
     weights = xp.full(columns.shape, 0.5, dtype=dtype)
-    weights[:, 0] = 1
-    return _sparse_rows(weights, columns, len(p), missing=True)
+    weights[starts[:-1]] = 1
+    return _sparse(weights, columns, starts, len(points))
 
 
-def _sparse_rows(weights, columns, width, missing=False):
-    """The sparse (n, width) matrix of weights (n, k) at columns (n, k).
-
-    missing: some columns are -1, and left out.
-    """
-    xp = array_module(weights)
-    n, k = columns.shape
-    starts = xp.arange(0, n * k + 1, k, dtype=np.int32)                      # (n+1,)
-    weights, columns = weights.ravel(), columns.ravel()
-    if missing:
-        present = columns >= 0
-        starts[1:] = xp.cumsum(present.reshape(n, k).sum(axis=1))
-        kept = xp.flatnonzero(present)                # the one place that waits for a GPU
-        weights, columns = weights[kept], columns[kept]
-    matrix = sparse_module(weights).csr_matrix((weights, columns, starts), shape=(n, width))
+def _sparse(weights, columns, starts, width):
+    """The sparse matrix with `width` columns whose row i holds entries starts[i] to starts[i+1]."""
+    matrix = sparse_module(weights).csr_matrix((weights, columns, starts),
+                                               shape=(len(starts) - 1, width))
     # No number comes twice in a row.  Nor need they be in order: products do not mind, but CuPy
     # would look first, and sort.
     matrix.has_canonical_format = True
     return matrix
-
-
-class _Index:
-    """The distinct columns of an integer (k, n) array, in sorted order, and a way to look them up.
-
-    `columns` (k, len) are the distinct ones; `numbers` (n,) says which each of the n columns is.
-    """
-
-    def __init__(self, columns):
-        xp = array_module(columns)
-        # in one go: a GPU is asked once
-        self.low, high = to_host(xp.stack([columns.min(axis=1), columns.max(axis=1)])).tolist()
-        self.span = [high + 1 - low for low, high in zip(self.low, high)]
-        self.prefixes = {}
-        self.words, numbers = xp.unique(self._pack(columns), return_inverse=True)
-        self.numbers = numbers.astype(np.int32)                              # (n,)
-        member = xp.empty(len(self.words), dtype=np.int32)
-        member[numbers] = xp.arange(len(numbers), dtype=np.int32)
-        self.columns = columns[:, member]
-
-    def __len__(self):
-        return len(self.words)
-
-    def find(self, columns):
-        """The numbers (n,) of columns (k, n); -1 for those that are not in the index."""
-        xp = array_module(columns)
-        numbers = _look_up(self.words, self._pack(columns))
-        for digit, low, span in zip(columns, self.low, self.span):
-            numbers = xp.where((digit < low) | (digit >= low + span), -1, numbers)
-        return numbers
-
-    def _pack(self, columns):
-        """Each column as one integer, digit by digit: equal if and only if the columns are equal.
-
-        Where 64 bits are too few, the digits so far are replaced by their number among those that
-        the index holds, from `prefixes`; by -1 if it holds no such column: the word stays negative.
-        """
-        xp = array_module(columns)
-        words, size = xp.zeros(columns.shape[1], dtype=np.int64), 1
-        for k, (digit, low, span) in enumerate(zip(columns, self.low, self.span)):
-            if size * span >= LARGEST_WORD:
-                if k not in self.prefixes:
-                    self.prefixes[k] = xp.unique(words)
-                words, size = _look_up(self.prefixes[k], words), len(self.prefixes[k])
-            words *= span
-            words += digit - low
-            size *= span
-        return words
-
-
-def _look_up(table, words):
-    """The places of words in the sorted table; -1 for those that it does not hold."""
-    xp = array_module(table)
-    place = xp.minimum(xp.searchsorted(table, words), len(table) - 1)
-    return xp.where(table[place] == words, place, -1)

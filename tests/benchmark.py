@@ -25,9 +25,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from minicrf import DenseCRF, arrays, layers, pictures, toy, training, vgg, weights   # noqa: E402
 from minicrf.__main__ import read_labels   # noqa: E402
-from minicrf.densecrf import scores_from_labels   # noqa: E402
 from minicrf.kernels import GaussianKernel   # noqa: E402
 from minicrf.losses import VOID, softmax_loss   # noqa: E402
+from minicrf.scores import scores_from_labels   # noqa: E402
 
 PIECES = "conv1_2", "conv3_2", "conv5_1", "fc6"
 SIGMAS = (20, 5), (80, 13), (160, 30)       # pixels and colour units of the bilateral kernel

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from minicrf import arrays, densecrf
-from minicrf.densecrf import DenseCRF, scores_from_labels, scores_from_probabilities
+from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.losses import softmax, softmax_loss
+from minicrf.scores import scores_from_labels, scores_from_probabilities
 
 H, W, L = 4, 5, 3
 SIGMAS = dict(sigma_position=(1.5, 2.), sigma_bilateral=(3., 4., 60., 80., 100.))
@@ -142,6 +143,22 @@ def test_lattice_shape_gradient_follows_the_exact_one_through_five_steps(xy, rgb
     (a, b), (length_a, length_b) = gradients, np.linalg.norm(gradients, axis=1)
     cosine, ratio = a @ b / (length_a * length_b), length_b / length_a
     assert cosine > 0.97 and 0.75 < ratio < 1.25, (cosine, ratio)
+
+
+@pytest.mark.parametrize("width, tolerance", [(3., 1e-3), (0.4, 5e-3)])
+def test_gradients_in_float32_are_those_of_float64(width, tolerance):
+    """Widths are learned from sums in which large terms cancel, the more so the narrower they are.
+
+    At 0.4 pixels the kernel hardly reaches the next pixel; further down only rounding is left.
+    """
+    image, scores, labels = drawn(96, 128)
+    single, double = (DenseCRF(3, w=(1., 2.), sigma_position=(width, width),
+                               sigma_bilateral=(20., 20., 13., 13., 13.)) for _ in range(2))
+    loss_and_gradient(single, scores.astype(np.float32), image, labels)
+    loss_and_gradient(double, scores, image, labels)
+    for name, expected in double.grads.items():
+        error = np.linalg.norm(single.grads[name] - expected) / np.linalg.norm(expected)
+        assert error < tolerance, (name, error)
 
 
 # Blocks, threads, memory
@@ -306,6 +323,8 @@ def test_no_iterations_give_the_softmax():
     (lambda s, i: (s - np.inf, i), "-inf for every label"),
     (lambda s, i: (s[:, :, :2], i), r"scores: found shape \(4, 5, 2\).* expected \(H, W, 3\)"),
     (lambda s, i: (s[0], i), r"scores: found shape \(5, 3\)"),
+    (lambda s, i: (s[:0], i[:0]), r"scores: found shape \(0, 5, 3\)"),
+    (lambda s, i: (np.where(s == s.max(), -np.inf, np.inf), i), "scores: found NaN, .inf"),
     (lambda s, i: (s.astype(int), i), "scores: .* of int64, expected .* float32 or float64"),
     (lambda s, i: (s, i[:3]), r"image: found shape \(3, 5, 3\), .* of the scores, \(4, 5, 3\)"),
     (lambda s, i: (s, i[:, :, 0]), r"image: found shape \(4, 5\), expected \(H, W, C\)"),

@@ -77,6 +77,17 @@ def test_shape_gradient_in_float32_bears_features_far_from_zero():
     np.testing.assert_allclose(got, expected, rtol=1e-2)
 
 
+@pytest.mark.parametrize("width, tolerance", [(3, 1e-3), (0.4, 1e-2)])
+def test_shape_gradient_in_float32_survives_cancellation(width, tolerance):
+    """On a long strip squares of up to 10^5 cancel to next to nothing."""
+    position = np.mgrid[:40, :300].reshape(2, -1)[::-1].astype(np.float64)   # (2, N): x, y
+    a, b = (abs(random(position.shape[1], L, seed=seed)) for seed in (1, 2))
+    expected, got = (shape_gradient(GaussianKernel(position.astype(dtype), [width, 3.]),
+                                    a.astype(dtype), b.astype(dtype))
+                     for dtype in (np.float64, np.float32))
+    np.testing.assert_allclose(got, expected, rtol=tolerance)
+
+
 def drawn(h, w):
     """Features (5, N) of a smooth drawn image, position and colour, and marginals (N, 4)."""
     rng = np.random.default_rng(0)

@@ -68,11 +68,32 @@ def test_keys_too_long_for_one_word_change_nothing(monkeypatch, largest_word):
     np.testing.assert_array_equal(PermutohedralLattice(F).filter(values), expected)
 
 
-def test_index_finds_only_what_it_holds():
-    index = permutohedral._Index(np.array([[0, 1, 0], [0, 1, 0]]))
-    assert index.numbers.tolist() == [0, 1, 0]
-    # (0, 3) would read as (1, 1), digit by digit in base 2
-    assert index.find(np.array([[1, 0, 0, 0, 1], [1, 0, 3, -1, 0]])).tolist() == [1, 0, -1, -1, -1]
+@pytest.mark.parametrize("largest_word", [2**62, 2])
+def test_other_digits_other_word(monkeypatch, largest_word):
+    """Certainly where one integer has room for all digits, elsewhere by chance, as here."""
+    monkeypatch.setattr(permutohedral, "LARGEST_WORD", largest_word)
+    digits = np.stack(np.meshgrid(*map(np.arange, (9, 2, 14, 7)), indexing="ij")).reshape(4, -1)
+    words, numbers, places = permutohedral._distinct(permutohedral._units([9, 2, 14, 7]) @ digits)
+    assert len(words) == digits.shape[1] and (np.diff(words) > 0).all()
+    np.testing.assert_array_equal(places[numbers], np.arange(len(words)))
+
+
+def test_distinct_words():
+    words, numbers, places = permutohedral._distinct(np.array([7, -3, 7, 7, 5]))
+    assert words.tolist() == [-3, 5, 7] and numbers.tolist() == [2, 0, 2, 2, 1]
+    assert places[:2].tolist() == [1, 4] and places[2] in (0, 2, 3)
+
+
+@pytest.mark.parametrize("offset", [0, 2**26])
+def test_steps_lead_from_point_to_point_and_around_the_simplex(offset):
+    F = features(50, 3, width=2) + offset
+    cells, ranks, _ = permutohedral._enclosing_simplices(F)
+    corners, points, steps = permutohedral._corners(cells, ranks)
+    assert steps.sum() == 0 and len(set(steps.tolist())) == 4 and (np.diff(points) > 0).all()
+    axes = np.argsort(-ranks, axis=0)                        # from corner r to r + 1 along axes[r]
+    for r in range(4):
+        np.testing.assert_array_equal(points[corners[:, r]] + steps[axes[r]],
+                                      points[corners[:, (r + 1) % 4]])
 
 
 def test_many_dimensions_need_and_get_long_keys():
