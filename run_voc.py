@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from minicrf import (DenseCRF, checkpoints, figures, metrics, pictures, reports, toy, training, vgg,
-                     voc, weights)
+from minicrf import (DenseCRF, checkpoints, figures, logs, metrics, pictures, reports, toy,
+                     training, vgg, voc, weights)
 from minicrf.__main__ import Parser
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 
@@ -244,8 +244,8 @@ def resumed_model(args, data, stage, settings, device):
     found = {"stage": info["stage"], **info.get("settings", {})}
     for name, value in {"stage": stage, **settings}.items():
         if found.get(name) != value:
-            raise ValueError(f"{path}: found a run with {name} {found.get(name)}, expected {value}: "
-                             "--resume goes on with the same settings")
+            raise ValueError(f"{path}: found a run with {name} {found.get(name)}, expected "
+                             f"{value}: --resume goes on with the same settings")
     start = args.weights or os.path.join(args.out, "unary.npz")
     if (stage != "unary" and info.get("start") and os.path.exists(start)
             and info["start"] != fingerprint(checkpoints.read(start)[0])):
@@ -363,7 +363,7 @@ def report(args, data, paths, truth, device):
     """Table 1, printed and in table.txt, curves.png and panels/."""
     print(reports.table(args.out, args.also, data, truth), end="")
     names = [*map(os.path.basename, checkpoints_in(args.out).values()), "results.json", "table.txt"]
-    log = training.read_log(os.path.join(args.out, "log.csv"))
+    log = logs.read_log(os.path.join(args.out, "log.csv"))
     if log:
         names += ["log.csv", "curves.png"]
         figures.curves(os.path.join(args.out, "curves.png"), log)

@@ -15,7 +15,6 @@ try:
 except ImportError:
     cupy = None
 
-
 SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
 THREADS = min(4, os.cpu_count() or 1)
 POOL = ThreadPoolExecutor(THREADS)
@@ -34,8 +33,8 @@ def sparse_module(x):
 def for_each(function, items, x):
     """[function(item) for each item], where the work is on the array x: on the CPU in threads.
 
-    NumPy and SciPy release the interpreter lock.  No call may write what another one reads or
-    writes: then the result is the same for any number of threads.  Nor may it call for_each itself.
+    No call may write what another one reads or writes: then the number of threads does not matter.
+    Nor may it call for_each itself.
     """
     if array_module(x) is np and len(items) > 1 and x.size > SMALL:
         return list(POOL.map(function, items))
@@ -55,13 +54,11 @@ def to_device(x, device):
 
     Raises ValueError for another device name, or for "gpu" where there is none.
     """
-    if device == "cpu":
-        return to_host(x)
-    if device != "gpu":
+    if device not in ("cpu", "gpu"):
         raise ValueError(f"device: found {device!r}, expected 'cpu' or 'gpu'")
-    if not gpu_available():
+    if device == "gpu" and not gpu_available():
         raise ValueError("device: found 'gpu', but no CUDA device with cupy is available")
-    return cupy.asarray(x)
+    return to_host(x) if device == "cpu" else cupy.asarray(x)
 
 
 def to_host(x):
@@ -72,8 +69,7 @@ def to_host(x):
 def use_tf32(allowed):
     """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
 
-    To be called before the first one, which is when CuPy looks; what the user's environment says
-    does not count.  Without effect on GPUs that do not have it, on NumPy, and on sparse products.
+    To be called before the first one, which is when CuPy looks.
     """
     os.environ["CUPY_TF32"] = "1" if allowed else "0"
 

@@ -5,9 +5,8 @@ Central differences in float64: dL/dx_i = (L(x + h e_i) - L(x - h e_i)) / 2h + O
 """
 import argparse
 import contextlib
-import functools
-import importlib
 import inspect
+import pkgutil
 import sys
 import textwrap
 import time
@@ -55,16 +54,23 @@ BUGS = {
         "kernel-kappa-dropped": ("self.self_weight * product - outer / 2", "-outer / 2")},
     "permutohedral.PermutohedralLattice.spread_transpose": {
         "lattice-blurs-not-reversed": ("reversed(self.blurs)", "self.blurs")},
+    "training.accumulate_gradients": {
+        # "truth minus marginals" alone, back-tracking left out
+        "joint-crf-skipped": ("df = crf.backward_logits(df)", "crf.backward_logits(df)"),
+        "joint-loss-of-unary-scores": ("z = crf.logits", "z = f.copy()"),
+        "joint-share-dropped": ("dz *= dz.dtype.type(share)", "pass"),
+        "joint-upsampling-turned": ("upsample.backward(df)", "upsample.backward(df)[:, ::-1]"),
+        "joint-net-dropped": ("net.backward(dscores)", "pass")},
 }
 
 
 def numerical_gradient(f, x, h=1e-5):
     """Gradient of the scalar function f at x, by central differences, one element at a time.
 
-    f: called without arguments after x was changed in place, or with x; returns a scalar.
-    x: float64 array of any shape; changed in place while checking, and restored.
-    h: step, in units of x.  Returns an array of x's shape.
-    Raises TypeError where x is not float64: in float32 the differences drown in rounding.
+    f: called with x after one of its elements was changed in place; returns a scalar.
+    x: float64 array of any shape, restored in the end.  h: step, in units of x.
+    Returns an array of x's shape.  Raises TypeError for another dtype: in float32 the differences
+    drown in rounding.
     """
     if x.dtype != np.float64:
         raise TypeError(f"x: found dtype {x.dtype}, expected float64")
@@ -74,21 +80,16 @@ def numerical_gradient(f, x, h=1e-5):
         x[i] = kept + h
         above = f(x)
         x[i] = kept - h
-        below = f(x)
+        gradient[i] = (above - f(x)) / (2 * h)
         x[i] = kept
-        gradient[i] = (above - below) / (2 * h)
     return gradient
 
 
 def relative_error(a, b):
-    """Largest |a - b| / max(1e-8, |a| + |b|) over the elements of two arrays of one shape.
-
-    Raises ValueError where the shapes differ.
-    """
+    """Largest |a - b| / max(1e-8, |a| + |b|) over the elements; ValueError for unequal shapes."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
-        raise ValueError(f"relative_error: found shapes {a.shape} and {b.shape}, "
-                         "expected equal ones")
+        raise ValueError(f"a, b: found shapes {a.shape} and {b.shape}, expected equal ones")
     return float(np.max(np.abs(a - b) / np.maximum(1e-8, np.abs(a) + np.abs(b)), initial=0.0))
 
 
@@ -126,8 +127,7 @@ def check_layers():
             return layer.forward(x.copy(), *size, train=True)
 
         dy = rng.standard_normal(forward().shape)
-        dx = layer.backward(dy.copy())
-        grads = {"x": dx, **layer.grads}
+        grads = {"x": layer.backward(dy.copy()), **layer.grads}
         for key, value in {"x": x, **layer.params}.items():
             yield f"{name}: d{key}", grads[key], numerical_gradient(
                 lambda _: (dy * forward()).sum(), value, 1e-2)
@@ -164,14 +164,11 @@ def check_crf():
             crf.forward(f, image)
             return softmax_loss(crf.logits.reshape(-1, L), y)
 
-        def loss(_):
-            return loss_and_dz()[0]
-
-        df = crf.backward_logits(loss_and_dz()[1])
-        yield f"DenseCRF, {name}: dscores", df, numerical_gradient(loss, f)
-        for key, p in crf.params.items():
-            if name != "lattice" or key == "w":
-                yield f"DenseCRF, {name}: d{key}", crf.grads[key], numerical_gradient(loss, p)
+        grads = {"scores": crf.backward_logits(loss_and_dz()[1]), **crf.grads}
+        for key, value in {"scores": f, **crf.params}.items():
+            if name != "lattice" or key in ("scores", "w"):
+                yield f"DenseCRF, {name}: d{key}", grads[key], numerical_gradient(
+                    lambda _: loss_and_dz()[0], value)
     crf.forward(f, image)
     yield "DenseCRF: dscores from dq", crf.backward(dq), numerical_gradient(
         lambda _: (dq * crf.forward(f, image)).sum(), f)
@@ -188,8 +185,10 @@ def check_model():
     rng = np.random.default_rng(3)
     net, crf = vgg.build("tiny", 3, dtype=np.float64), densecrf.DenseCRF(3, w=(1., 2.), exact=True)
     model = training.Model(net, (104., 117., 124.), crf)
-    image, labels = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8), rng.integers(0, 3, (6, 8))
-    batch = [(image, labels, model.resized(image))]
+    batch = []
+    for H, W in ((6, 8), (5, 7)):
+        image, labels = rng.integers(0, 256, (H, W, 3)).astype(np.uint8), rng.integers(0, 3, (H, W))
+        batch.append((image, labels, model.resized(image)))
     params, grads = net.params | crf.params, net.grads | crf.grads
     start = {key: p.copy() for key, p in params.items()}
     directions = [{key: (p.std() + 0.01) * rng.standard_normal(p.shape)
@@ -198,7 +197,7 @@ def check_model():
     def loss(steps):
         for key, p in params.items():
             p[...] = start[key] + sum(step * v[key] for step, v in zip(steps, directions))
-        return training.accumulate_gradients(model, batch, 1.0)
+        return training.accumulate_gradients(model, batch, 1 / len(batch))
 
     steps = np.zeros(3)
     loss(steps)
@@ -210,11 +209,6 @@ def check_model():
 CHECKS = (check_layers, check_losses, check_crf, check_model)
 
 
-def find_bug(name):
-    """(function's path, right text, wrong text) of a bug in BUGS."""
-    return next((path, *bugs[name]) for path, bugs in BUGS.items() if name in bugs)
-
-
 @contextlib.contextmanager
 def broken(name):
     """While this context lasts, one function of the package runs with the bug of that name.
@@ -222,9 +216,8 @@ def broken(name):
     Its code object is exchanged, so that whoever has imported it sees the bug; files stay as they
     are.  Raises ValueError where the right text is not there exactly once.
     """
-    path, right, wrong = find_bug(name)
-    module, *names = path.split(".")
-    function = functools.reduce(getattr, names, importlib.import_module(f"minicrf.{module}"))
+    path, right, wrong = next((path, *bugs[name]) for path, bugs in BUGS.items() if name in bugs)
+    function = pkgutil.resolve_name("minicrf." + path)
     source, namespace, kept = textwrap.dedent(inspect.getsource(function)), {}, function.__code__
     if source.count(right) != 1:
         raise ValueError(f"{name}: found {right!r} {source.count(right)} times in {path}, "
@@ -255,18 +248,15 @@ def run(checks=CHECKS):
 
 
 def main(arguments=None):
-    names = [name for bugs in BUGS.values() for name in bugs]
-    changes = {}
-    for name in names:
-        path, right, wrong = find_bug(name)
-        changes[name] = f"{path}: {right.strip()} -> {wrong.strip() or '(nothing)'}"
+    changes = {name: f"{path}: {right.strip()} -> {wrong.strip() or '(nothing)'}"
+               for path, bugs in BUGS.items() for name, (right, wrong) in bugs.items()}
     parser = argparse.ArgumentParser(
         prog="python -m minicrf.gradcheck", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Check every layer, loss and CRF parameter against finite differences, in "
                     f"float64.\nRows pass under {TOLERANCE:g}; exit code 1 where one fails.",
         epilog="names for --break, and what each changes:\n"
                + "\n".join(f"  {name:28}{change}" for name, change in changes.items()))
-    parser.add_argument("--break", dest="bug", choices=names, metavar="NAME",
+    parser.add_argument("--break", dest="bug", choices=changes, metavar="NAME",
                         help="put a bug into one function, for this run only, to see what fails")
     bug = parser.parse_args(arguments).bug
     started = time.monotonic()

@@ -7,14 +7,15 @@ Legend: B images, C input channels, O output channels, H x W pixels, k kernel si
 import numpy as np
 
 from .arrays import array_module, for_each
+from .im2col import column_blocks, correlate, pad
 
 PLANE_BYTES = 2 ** 21     # of planes that a thread pools at a time: they stay in its cache
 
 
 class Layer:
-    """A layer without parameters that leaves its input as it is; the others differ where they must.
+    """A layer that leaves its input as it is; the others differ from it where they must.
 
-    kernel, stride, dilation and padding (before, after) describe the geometry of the output cells.
+    kernel, stride, dilation and padding (before, after): the geometry of the output cells.
     """
     kernel, stride, dilation, padding = 1, 1, 1, (0, 0)
 
@@ -26,97 +27,13 @@ class Layer:
         return x
 
     def backward(self, dy):
-        """dy = dLoss/dy, of y's shape -> dx = dLoss/dx, of x's; adds dLoss/dparams into grads."""
+        """dy, of y's shape -> dx, of x's; adds dLoss/dparams into grads."""
         # forward: y = x
         return dy
 
     def output_size(self, size):
-        """Output height (or width), in cells, for an input height (or width) of `size` cells."""
+        """Output height (or width) for an input height (or width) of `size` cells."""
         return (size + sum(self.padding) - (self.kernel - 1) * self.dilation - 1) // self.stride + 1
-
-
-def pad(x, before, after, value=0):
-    """x (..., H, W) with `before` and `after` rows and columns of `value` around it."""
-    if before == after == 0:
-        return x
-    xp = array_module(x)
-    *leading, H, W = x.shape
-    padded = xp.full((*leading, H + before + after, W + before + after), value, x.dtype)
-    padded[..., before:before + H, before:before + W] = x
-    return padded
-
-
-def plane_blocks(planes):
-    """Slices of planes (P, H, W): a few megabytes each, to stay in the cache; all at once on a GPU."""
-    P = len(planes)
-    each = P
-    if array_module(planes) is np:
-        each = max(1, PLANE_BYTES * P // max(planes.nbytes, 1))
-    return [slice(start, min(start + each, P)) for start in range(0, P, each)]
-
-
-def block_rows(column_bytes, H_out, W_out, xp):
-    """Output rows of a block: 256 MB on a GPU; on the CPU 8 MB, but 800 cells for the product."""
-    cells = 2 ** 28 // column_bytes
-    if xp is np:
-        cells = min(cells, max(800, 2 ** 23 // column_bytes))
-    return min(H_out, max(1, cells // W_out))
-
-
-def column_blocks(x, kernel, dilation, padding):
-    """Yield (b, cells, columns): the input values under the kernel, for a block of output cells.
-
-    x: (B, C, H, W).  b: image; cells: slice of its flattened output map; columns: (C*k*k, n), whose
-    column i holds the C x k x k values that output cell i is computed from.  A block is a few rows,
-    small enough to stay in the processor's cache and large enough to keep the matrix product busy;
-    all blocks share one buffer, so each is valid until the next one is asked for.
-    """
-    xp = array_module(x)
-    B, C, H, W = x.shape
-    if kernel == 1 and padding == 0:                                     # nothing to gather
-        for b in range(B):
-            yield b, slice(0, H * W), x[b].reshape(C, H * W)             # (C, n)
-        return
-    reach = (kernel - 1) * dilation
-    H_out, W_out = H + 2 * padding - reach, W + 2 * padding - reach
-    rows = block_rows(C * kernel * kernel * x.itemsize, H_out, W_out, xp)
-    buffer = xp.empty(C * kernel * kernel * rows * W_out, x.dtype)
-    for b in range(B):
-        image = pad(x[b], padding, padding)                              # (C, H+2p, W+2p)
-        for top in range(0, H_out, rows):
-            n = min(rows, H_out - top)
-            columns = buffer[:C * kernel * kernel * n * W_out]
-            columns = columns.reshape(C, kernel, kernel, n, W_out)
-
-            def gather(c):
-                for i in range(kernel):
-                    for j in range(kernel):
-                        y0, x0 = top + i * dilation, j * dilation
-                        columns[c, i, j] = image[c, y0:y0 + n, x0:x0 + W_out]
-
-            for_each(gather, [slice(0, C // 2), slice(C // 2, C)], columns)
-            yield b, slice(top * W_out, (top + n) * W_out), columns.reshape(-1, n * W_out)
-
-
-def correlate(x, w, dilation, padding, b=None):
-    """y[., o, h, v] = b_o + sum over c, i, j of w[o, c, i, j] x[., c, h + i*delta, v + j*delta].
-
-    delta: the dilation, in cells: 1 for kernels without holes.
-    x: (B, C, H, W), padded with `padding` zeros on every side; w: (O, C, k, k); b: (O,) or None.
-    Returns y (B, O, H_out, W_out), H_out = H + 2 padding - (k - 1) dilation.
-    """
-    xp = array_module(x)
-    O, _, kernel, _ = w.shape
-    shrink = (kernel - 1) * dilation - 2 * padding
-    H_out, W_out = x.shape[2] - shrink, x.shape[3] - shrink
-    y = xp.empty((len(x), O, H_out * W_out), x.dtype)
-    matrix = w.reshape(O, -1)                                            # (O, C*k*k)
-    for image, cells, columns in column_blocks(x, kernel, dilation, padding):
-        block = y[image, :, cells]                                       # (O, n), a view
-        xp.matmul(matrix, columns, out=block)
-        if b is not None:
-            block += b[:, None]
-    return y.reshape(len(x), O, H_out, W_out)
 
 
 class Conv2d(Layer):
@@ -130,8 +47,7 @@ class Conv2d(Layer):
         super().__init__()
         self.kernel, self.dilation, self.padding = kernel, dilation, (padding, padding)
         rng = rng or np.random.default_rng(0)
-        shape = (channels_out, channels_in, kernel, kernel)
-        w = rng.standard_normal(shape, dtype=dtype)
+        w = rng.standard_normal((channels_out, channels_in, kernel, kernel), dtype)
         w *= dtype(np.sqrt(2 / (channels_in * kernel * kernel)))
         self.params = {"w": w, "b": np.zeros(channels_out, dtype)}
         self.grads = {name: np.zeros_like(p) for name, p in self.params.items()}
@@ -185,6 +101,14 @@ class ReLU(Layer):
         return dy
 
 
+def plane_blocks(planes):
+    """Slices of planes (P, H, W): megabytes each, to stay in the cache; all at once on a GPU."""
+    P = each = len(planes)
+    if array_module(planes) is np:
+        each = max(1, PLANE_BYTES * P // max(planes.nbytes, 1))
+    return [slice(start, start + each) for start in range(0, P, each)]
+
+
 class MaxPool2d(Layer):
     """Maximum over k x k taps, `dilation` cells apart; `padding` (before, after) counts as -inf."""
 
@@ -193,8 +117,7 @@ class MaxPool2d(Layer):
         self.kernel, self.stride, self.dilation, self.padding = kernel, stride, dilation, padding
 
     def taps(self, padded, H_out, W_out):
-        """The k*k strided views of padded (..., H+p, W+p), in tap order: each (..., H_out, W_out).
-        """
+        """Each tap's view (..., H_out, W_out) of padded (..., H+p, W+p)."""
         for i in range(self.kernel):
             for j in range(self.kernel):
                 y0, x0 = i * self.dilation, j * self.dilation
@@ -204,7 +127,7 @@ class MaxPool2d(Layer):
     def forward(self, x, train=False):
         """x (B, C, H, W) -> y (B, C, H_out, W_out)."""
         xp = array_module(x)
-        H_out, W_out = self.output_size(x.shape[2]), self.output_size(x.shape[3])
+        H_out, W_out = map(self.output_size, x.shape[2:])
         planes = x.reshape(-1, *x.shape[2:])                             # (B*C, H, W)
         y = xp.empty((len(planes), H_out, W_out), x.dtype)
         winner = xp.zeros(y.shape, xp.uint8) if train else None
@@ -245,9 +168,9 @@ class MaxPool2d(Layer):
 class Dropout(Layer):
     """Zeroes each value with probability `rate` in training, and scales up the others to make up.
 
-    The mask is drawn from `seed` alone, which the training loop sets anew at each step: a run that
-    is resumed draws the masks of one that never stopped.  A ReLU below may see its kept output
-    overwritten here; what it then takes for inactive is what was dropped, whose gradient is zero.
+    The mask is drawn from `seed` alone, which training sets anew at each step: a resumed run draws
+    the masks of one that never stopped.  The output that a ReLU below has kept is overwritten: what
+    it then takes for inactive is what was dropped, whose gradient is zero.
     """
 
     def __init__(self, rate=0.5, seed=0):
@@ -288,25 +211,20 @@ class BilinearUpsample(Layer):
     def matrix(self, pixels, cells, like):
         """R (pixels, cells), two entries a row: the interpolation weights along one direction.
 
-        like: an array whose dtype and device R shall have.
-        Original pixel x lies at input pixel (x + 0.5) * input_size / pixels - 0.5; outside the
-        outermost cells the border's score holds.
+        like: an array whose dtype and device R shall have.  Beyond the outermost cells the border's
+        score holds.
         """
-        x = (np.arange(pixels) + 0.5) * self.input_size / pixels - 0.5
-        at = np.clip((x - self.centre) / self.step, 0, cells - 1)
-        left = np.minimum(at.astype(int), max(cells - 2, 0))
-        R = np.zeros((pixels, cells))
-        R[np.arange(pixels), left] = 1 - (at - left)
-        R[np.arange(pixels), np.minimum(left + 1, cells - 1)] += at - left
+        x = (np.arange(pixels) + 0.5) * self.input_size / pixels - 0.5   # original to input pixel
+        at = np.clip((x - self.centre) / self.step, 0, cells - 1)        # input pixel to cell
+        R = np.maximum(0, 1 - abs(at[:, None] - np.arange(cells)))       # a tent around each cell
         return array_module(like).asarray(R.astype(like.dtype))
 
     def forward(self, scores, size, train=False):
         """scores (L, h, w), size (H, W) -> (H, W, L): labels last, as the CRF has them."""
-        xp = array_module(scores)
         L, h, w = scores.shape
         H, W = size
         R_y, R_x = self.matrix(H, h, scores), self.matrix(W, w, scores)
-        S = xp.ascontiguousarray(scores.transpose(1, 2, 0)).reshape(h, w * L)       # (h, w*L)
+        S = scores.transpose(1, 2, 0).reshape(h, w * L)                  # (h, w*L)
         if train:
             self.R_y, self.R_x = R_y, R_x
         return R_x @ (R_y @ S).reshape(H, w, L)                          # (W, w) @ (H, w, L)

@@ -30,13 +30,19 @@ def confusion_matrix(labels, predictions, n_classes):
 
 
 def iou(confusion):
-    """IoU of each class in percent, (L,): hits / (truth + predicted - hits); NaN without truth."""
-    return _iou(_counts(confusion))
+    """IoU of each class in percent, (..., L, L) -> (..., L); NaN for classes without truth."""
+    confusion = to_host(confusion)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
+    truth, predicted = confusion.sum(-1), confusion.sum(-2)
+    return np.where(truth > 0, 100 * hits / np.maximum(truth + predicted - hits, 1), np.nan)
 
 
 def mean_iou(confusion):
-    """Mean IoU in percent over the classes present in the truth; NaN where there is none."""
-    return float(_mean(iou(confusion)))
+    """Mean IoU in percent over the classes in the truth, (..., L, L) -> (...); NaN without any."""
+    values = iou(confusion)
+    present = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(present, values, 0).sum(-1) / present.sum(-1)
 
 
 def boundary_band(labels, width):
@@ -44,14 +50,12 @@ def boundary_band(labels, width):
 
     A pixel is in the band where another label lies no further than width from it, centre to centre.
     Void counts as a label of its own: VOC draws it as a rim over the boundary itself, so the band
-    is the labelled pixels on either side, as in the trimaps of Chen et al. (2015).  Void pixels are
-    in the mask too; `confusion_matrix` leaves them out.  The picture's border is no boundary.
+    is the pixels on either side, as in the trimaps of Chen et al. (2015), and the rim.
     """
     band = np.zeros(labels.shape, bool)
-    present = np.unique(labels)
-    if len(present) > 1:
-        for label in present:
-            inside = labels == label
+    for label in np.unique(labels):
+        inside = labels == label
+        if not inside.all():
             band |= inside & (scipy.ndimage.distance_transform_edt(inside) <= width)
     return band
 
@@ -71,27 +75,7 @@ def bootstrap_difference(a, b, samples=2000, seed=0):
                          "expected equal ones, (images, L, L)")
     # (samples, images): how often each image is drawn
     drawn = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), samples)
-    means = [_mean(_iou(np.einsum("si,cil->csl", drawn, _counts(x)))) for x in (a, b)]
-    differences = means[0] - means[1]                                    # (samples,)
-    low, high = np.nanpercentile(differences, (2.5, 97.5))
-    return (mean_iou(a.sum(0)) - mean_iou(b.sum(0)), (float(low), float(high)),
-            float(np.mean(differences > 0)))
-
-
-def _counts(confusion):
-    """Hits, truth and predicted pixels of each class, (3, ..., L), of (..., L, L) matrices."""
-    confusion = to_host(confusion)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return np.stack([hits, confusion.sum(-1), confusion.sum(-2)])
-
-
-def _iou(counts):
-    hits, truth, predicted = counts.astype(np.float64)
-    return np.where(truth > 0, 100 * hits / np.maximum(truth + predicted - hits, 1), np.nan)
-
-
-def _mean(values):
-    """Mean over the last axis without the NaNs; NaN where there is nothing else."""
-    present = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(present, values, 0).sum(-1) / present.sum(-1)
+    of_a, of_b = (mean_iou(np.tensordot(drawn, x.astype(np.float64), 1)) for x in (a, b))
+    low, high = np.nanpercentile(of_a - of_b, (2.5, 97.5)).tolist()
+    difference = float(mean_iou(a.sum(0)) - mean_iou(b.sum(0)))
+    return difference, (low, high), float(np.mean(of_a > of_b))

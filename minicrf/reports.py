@@ -11,26 +11,26 @@ import numpy as np
 
 from . import checkpoints, figures, metrics, training, weights
 
-# The other figure of a stage: after unary training a CRF that has learned nothing, else no CRF.
-OTHER = {"unary": "fixed_crf", "piecewise": "before_crf", "joint": "before_crf"}
+# {column of the table: (key in STAGE_val.npz, method of training.evaluate)}: a stage's own figures
+# under "confusion"; the other ones are of a CRF that has learned nothing, and of no CRF
+COLUMNS = {"unary": {"unary": ("confusion", "unary"), "unary + CRF": ("fixed_crf", "crf")},
+           **{stage: {f"{stage} without CRF": ("before_crf", "unary"), stage: ("confusion", "crf")}
+              for stage in ("piecewise", "joint")}}
 
 
 def summary(counts, stage, classes, band):
     """The entry of results.json for counts, as training.evaluate returns them for one list."""
-    own, other = ("unary", "crf") if stage == "unary" else ("crf", "unary")
-    entry = _percentages(counts[own], counts[f"{own}_band"], classes, band)
-    if other in counts:
-        entry[OTHER[stage]] = _percentages(counts[other], counts[f"{other}_band"], classes, band)
-    return entry
+    entries = {key: _percentages(counts[method].sum(axis=0), counts[f"{method}_band"].sum(axis=0),
+                                 classes, band)
+               for key, method in COLUMNS[stage].values() if method in counts}
+    return entries.pop("confusion") | entries
 
 
 def record(out, stage, entry, counts, ids):
     """Put a stage's entry into results.json, beside those of other stages, and keep its counts."""
-    own, other = ("unary", "crf") if stage == "unary" else ("crf", "unary")
-    confusions = {"confusion": counts[own]}
-    if other in counts:
-        confusions[OTHER[stage]] = counts[other]
     results = read_results(out)
+    confusions = {key: counts[method]
+                  for key, method in COLUMNS[stage].values() if method in counts}
     with checkpoints.replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
         np.savez_compressed(file, ids=np.array(ids), **confusions)
     with checkpoints.replacing(os.path.join(out, "results.json")) as file:
@@ -43,14 +43,14 @@ def read_results(out):
     Raises ValueError for a file of another kind.
     """
     path = os.path.join(out, "results.json")
-    if not os.path.exists(path):
-        return {}
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
         for entry in results.values():
             entry["miou"], entry["iou"].keys()
         return results
+    except FileNotFoundError:
+        return {}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: found no results ({error}), expected those of an earlier run; "
                          "move it away to start anew") from None
@@ -64,9 +64,9 @@ def table(out, also, data, truth):
     """
     columns, confusions, notes = _columns(out, also, data, truth)
     text = f"Validation list, {len(data.val)} images\n" + figures.table(columns, data.classes)
-    bands = sorted({entry["band"] for entry in columns.values() if "band" in entry})
-    text += "".join(f"within {band} px: mean IoU of the pixels no further than that from another "
-                    "class\n" for band in bands)
+    for band in sorted({entry["band"] for entry in columns.values() if "band" in entry}):
+        text += (f"within {band} px: mean IoU of the pixels no further than that from another "
+                 "class\n")
     last = [stage for stage in training.STAGES if stage in columns][-1]
     others = [name for name in columns if name != last and {name, last} <= confusions.keys()]
     if others:
@@ -85,52 +85,52 @@ def table(out, also, data, truth):
     return text
 
 
-def panels(out, paths, data, truth, device, rows=4):
+def panels(out, paths, data, truth, device):
     """Figures 5 and 6, panels/best.png and worst.png, by the last stage; returns what it wrote.
 
     paths: checkpoints by stage; drawn are those evaluated on the data set as it is.
     """
-    each = {stage: read["confusion"] for stage in training.STAGES if stage in paths
-            and (read := _read_confusions(out, stage)) and _same_images(read, data, truth)}
-    if not each:
+    measured = {stage: read["confusion"] for stage in training.STAGES if stage in paths
+                and (read := _read_confusions(out, stage)) and _same_images(read, data, truth)}
+    if not measured:
         return []
-    last = list(each)[-1]
-    score = np.array([metrics.mean_iou(confusion) for confusion in each[last]])
-    order = [i for i in np.argsort(-score) if not np.isnan(score[i])]    # NaN: all void
-    chosen = {"best": order[:rows], "worst": order[::-1][:rows]}
-    drawn = {}
-    for stage in dict.fromkeys(("unary" if "unary" in each else last, last)):
-        model, _, _ = training.load_model(paths[stage], data.classes, device)
-        for i in {*chosen["best"], *chosen["worst"]}:
-            image, labels = data.load(data.val[i])
-            row = drawn.setdefault(i, {"image": image, "labels": labels, "name": data.val[i],
-                                       "predictions": {}})
+    last = [*measured][-1]
+    models = {stage: training.load_model(paths[stage], data.classes, device)[0]
+              for stage in measured if stage in ("unary", last)}
+
+    def row(i):
+        image, labels = data.load(data.val[i])
+        predictions = {}
+        for stage, model in models.items():
             unary, refined = model.predict(image)
-            found = {stage: unary} if refined is None else {stage: refined}
-            if refined is not None and "unary" not in each:
-                found = {f"{stage} without CRF": unary, stage: refined}
-            for name, prediction in found.items():
-                confusion = metrics.confusion_matrix(labels, prediction, len(data.classes))
-                row["predictions"][name] = prediction, metrics.mean_iou(confusion)
+            if "unary" not in models:
+                predictions[f"{stage} without CRF"] = unary
+            predictions[stage] = unary if refined is None else refined
+        for method, found in predictions.items():
+            confusion = metrics.confusion_matrix(labels, found, len(data.classes))
+            predictions[method] = found, metrics.mean_iou(confusion)
+        return dict(image=image, labels=labels, name=data.val[i], predictions=predictions)
+
+    score = metrics.mean_iou(measured[last])                             # (images,)
+    order = [i for i in np.argsort(-score) if not np.isnan(score[i])]    # NaN: all void
     os.makedirs(os.path.join(out, "panels"), exist_ok=True)
     written = []
-    for name, indices in chosen.items():
+    for name, indices in (("best", order[:4]), ("worst", order[::-1][:4])):
         if indices:
             written.append(f"panels/{name}.png")
-            figures.panel(os.path.join(out, written[-1]), [drawn[i] for i in indices], data.classes,
-                          title=f"Validation images on which {last} does {name}")
+            figures.panel(os.path.join(out, written[-1]), [row(i) for i in indices], data.classes,
+                          f"Validation images on which {last} does {name}")
     return written
 
 
 def _percentages(confusion, band_confusion, classes, band):
-    """Percent, None for classes absent from the truth; confusions (images, L, L)."""
+    """Percent, None for classes absent from the truth; confusions (L, L) of a whole list."""
     def finite(x):
         return None if np.isnan(x) else round(float(x), 4)
 
-    total = confusion.sum(axis=0)
-    return {"miou": finite(metrics.mean_iou(total)),
-            "iou": {name: finite(x) for name, x in zip(classes, metrics.iou(total))},
-            "miou_band": finite(metrics.mean_iou(band_confusion.sum(axis=0))), "band": band}
+    return {"miou": finite(metrics.mean_iou(confusion)),
+            "iou": {name: finite(x) for name, x in zip(classes, metrics.iou(confusion))},
+            "miou_band": finite(metrics.mean_iou(band_confusion)), "band": band}
 
 
 def _columns(out, also, data, truth):
@@ -143,36 +143,26 @@ def _columns(out, also, data, truth):
             results, read = read_results(folder), _read_confusions(folder, stage)
             if stage not in results:
                 continue
-            entry = results[stage]
+            entry, unary = results[stage], results.get("unary", {}).get("iou")
             where = "" if folder == out else f" ({base if bases.count(base) == 1 else folder})"
             if list(entry["iou"]) != data.classes or read and not _same_images(read, data, truth):
                 notes.append(f"not in this table: {stage}{where}, measured on another data set\n")
                 continue
-            for name, key, figure in _variants(stage, entry):
-                if key == "before_crf" and figure["iou"] == results.get("unary", {}).get("iou"):
-                    continue                         # piecewise without CRF is unary once more
-                columns[name + where] = figure
-                if read and key in read:
+            for name, (key, _) in COLUMNS[stage].items():
+                if key == "confusion":
+                    columns[name + where] = entry
+                elif key in entry and entry[key]["iou"] != unary:    # as piecewise without CRF is
+                    train = {"train": entry["train"][key]} if "train" in entry else {}
+                    columns[name + where] = entry[key] | train
+                if key in read:
                     confusions[name + where] = read[key]
     return columns, confusions, notes
 
 
-def _variants(stage, entry):
-    """(column of the table, key in STAGE_val.npz, figures) for a stage and for OTHER."""
-    own, key = (stage, "confusion", entry), OTHER[stage]
-    if key not in entry:
-        return [own]
-    train = {"train": entry["train"][key]} if key in entry.get("train", ()) else {}
-    if stage == "unary":
-        return [own, ("unary + CRF", key, entry[key] | train)]
-    return [(f"{stage} without CRF", key, entry[key] | train), own]
-
-
 def _read_confusions(out, stage):
-    """The arrays of STAGE_val.npz; None where there is none."""
+    """The arrays of STAGE_val.npz; {} where there is none."""
     path = os.path.join(out, f"{stage}_val.npz")
-    arrays = weights.read_npz(path) if os.path.exists(path) else {}
-    return arrays if {"ids", "confusion"} <= arrays.keys() else None
+    return weights.read_npz(path) if os.path.exists(path) else {}
 
 
 def _same_images(read, data, truth):

@@ -6,7 +6,6 @@ noisy, compressed as JPEG.  What it is not: photographs, or evidence for what a 
 Legend: H x W pixels; u, v an object's own coordinates, in which its outline has a radius near 1.
 """
 import colorsys
-import os
 import pathlib
 import shutil
 
@@ -25,16 +24,12 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
     """Draws a set in VOC's format, byte for byte the same for the same arguments.
 
     directory: becomes the folder that holds JPEGImages, SegmentationClass and ImageSets; written
-    beside and renamed, so that an interrupted drawing is never taken for a set.  A set drawn with
-    the same arguments stays as it is, one drawn with others is replaced.
-    width, height: ranges (least, greatest) in pixels.  An image depends on seed, split and number
-    alone: a longer list begins with the images of a shorter one.  Returns directory as a Path.
-    Raises FileExistsError where directory holds anything else, ValueError for fewer than 1 image.
+    beside and renamed.  A set drawn with the same arguments stays as it is, one drawn with others
+    is replaced.  width, height: ranges (least, greatest) in pixels.  An image depends on seed,
+    split and number alone: a longer list begins with the images of a shorter one.
+    Returns directory as a Path.  Raises FileExistsError where it holds anything else.
     """
     directory = pathlib.Path(directory)
-    if n_train < 1 or n_val < 1:
-        raise ValueError(f"toy set: found {n_train} training and {n_val} validation images, "
-                         "expected at least 1 of each")
     about = (f"drawn by minicrf, drawing {DRAWING}: {n_train} + {n_val} images, seed {seed}, "
              f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}\n")
     marker = directory / "toy.txt"
@@ -56,13 +51,12 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
             rng = np.random.default_rng([seed, split, i])
             image, labels = picture(rng, rng.integers(*height, endpoint=True),
                                     rng.integers(*width, endpoint=True))
-            quality = int(rng.integers(70, 95))
-            Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg", quality=quality)
+            Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg",
+                                        quality=int(rng.integers(70, 95)))
             save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
     (beside / "toy.txt").write_text(about)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(beside, directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    beside.replace(directory)
     return directory
 
 
@@ -109,31 +103,25 @@ def _coordinates(rng, h, w, radius):
 
 def _outline(kind, u, v):
     """About the distance to an object's outline, in radii, negative inside."""
-    r = np.hypot(u, v)
-    if CLASS_NAMES[kind] == "disc":
-        return r - 0.9
-    if CLASS_NAMES[kind] == "box":
-        return np.maximum(abs(u), abs(v)) - 0.8
-    if CLASS_NAMES[kind] == "triangle":
-        return np.maximum(-v, v / 2 + abs(u) * 0.87) - 0.6
-    if CLASS_NAMES[kind] == "ring":
-        return abs(r - 0.75) - 0.25
-    return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.3),
-                      np.maximum(abs(u) - 0.3, abs(v) - 1))              # cross
+    r, a, b = np.hypot(u, v), abs(u), abs(v)
+    return {"disc": r - 0.9,
+            "box": np.maximum(a, b) - 0.8,
+            "triangle": np.maximum(-v, v / 2 + a * 0.87) - 0.6,
+            "ring": abs(r - 0.75) - 0.25,
+            "cross": np.minimum(np.maximum(a - 1, b - 0.3), np.maximum(a - 0.3, b - 1)),
+            }[CLASS_NAMES[kind]]
 
 
 def _texture(kind, x, y, rng):
     """The pattern of a kind, values in 0..1; x, y in pixels along the object's axes."""
     k = 2 * np.pi / rng.uniform(6, 11)                   # one period is 6 to 11 pixels
-    if CLASS_NAMES[kind] == "disc":
-        return 0.5 + 0.5 * np.sin(k * x)                                 # stripes
-    if CLASS_NAMES[kind] == "box":
-        return 0.5 + 0.5 * np.tanh(3 * np.sin(k * x) * np.sin(k * y))    # checks
-    if CLASS_NAMES[kind] == "triangle":
-        return 1 / (1 + np.exp(4 * (np.cos(k * x) + np.cos(k * y) - 0.8)))   # dots
     if CLASS_NAMES[kind] == "ring":
-        return _blotches(rng, *x.shape, 1)                               # grain
-    return 0.5 + 0.1 * np.sin(k * x / 4)                                 # cross: nearly plain
+        return _blotches(rng, *x.shape, 1)               # grain
+    return {"disc": 0.5 + 0.5 * np.sin(k * x),                                   # stripes
+            "box": 0.5 + 0.5 * np.tanh(3 * np.sin(k * x) * np.sin(k * y)),       # checks
+            "triangle": 1 / (1 + np.exp(4 * (np.cos(k * x) + np.cos(k * y) - 0.8))),    # dots
+            "cross": 0.5 + 0.1 * np.sin(k * x / 4),                              # nearly plain
+            }[CLASS_NAMES[kind]]
 
 
 def _blotches(rng, h, w, size):

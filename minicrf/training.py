@@ -4,17 +4,14 @@ Stage `unary` trains the network on its own scores; `joint` trains network and C
 of the last mean-field step; `piecewise` trains the CRF alone, the network frozen.
 Legend: B images in a batch, L labels, h x w score cells, H x W original pixels, S input side.
 """
-import csv
 import os
 import signal
-import sys
-import time
 
 import numpy as np
-from tqdm import tqdm
 
 from . import checkpoints, figures, metrics, vgg, voc
 from .arrays import array_module, to_device, to_host
+from .logs import Log, Progress, read_log
 from .losses import softmax_loss
 from .optim import SGD
 from .vgg import seed_dropout
@@ -189,83 +186,6 @@ def check_parameters(params):
                              f"-{LARGEST_LOG_SIGMA} to {LARGEST_LOG_SIGMA}")
 
 
-class Log:
-    """log.csv: a row for each iteration, appended; a resumed run goes on behind its checkpoint."""
-
-    COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")
-
-    def __init__(self, path, model, stage, start):
-        """Drops the rows of `stage` after iteration `start`: they will be computed again."""
-        self.path, self.stage = path, stage
-        self.params = model.crf.params if model.crf is not None else {}
-        rows = [row for row in read_log(path)
-                if row["stage"] != stage or int(row["iteration"]) <= start]
-        columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
-        self.columns = list(dict.fromkeys(columns))
-        with checkpoints.replacing(path, newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def append(self, iteration, loss, rate, **values):
-        row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
-        try:
-            with open(self.path, "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="")
-                writer.writerow(row | values | self._values())
-        except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error.strerror}); checkpoints "
-                          "written before are kept") from None
-
-    def _values(self):
-        return {f"{key}_{i}": repr(float(value)) for key, p in self.params.items()
-                for i, value in enumerate(p)}
-
-
-def read_log(path):
-    """The rows of a log.csv as dicts of strings; empty where there is none yet.
-
-    Leaves out a row that a full disk cut short.  Raises ValueError for another kind of file.
-    """
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in [*row, *row.values()]]
-        for row in rows:
-            row["stage"], int(row["iteration"]), float(row["loss"])
-        return rows
-    except (KeyError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable log ({error}), expected log.csv of an earlier "
-                         "run; move it away to start a new one") from None
-
-
-class Progress:
-    """How far training is: a bar on a terminal, otherwise a plain line now and then."""
-
-    def __init__(self, stage, start, iterations, batch_size):
-        self.stage, self.start = stage, start
-        self.iterations, self.batch_size = iterations, batch_size
-        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())
-        self.began = self.shown = time.monotonic()
-
-    def update(self, iteration, loss, note=""):
-        now = time.monotonic()
-        each = (now - self.began) / (iteration - self.start)             # seconds an iteration
-        speed = f"{self.batch_size / each:.2f}"
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed} images/s")
-        self.bar.update()
-        last = iteration == self.iterations
-        if note and not self.bar.disable:
-            self.bar.write(f"{self.stage} {iteration}/{self.iterations}: {note}")
-        if self.bar.disable and (note or last or now - self.shown > 30):
-            self.shown = now
-            left = tqdm.format_interval(each * (self.iterations - iteration))
-            print(f"{self.stage} {iteration}/{self.iterations}: loss {loss:.3f}, {speed} images/s, "
-                  f"{left} left{note and ', '}{note}", flush=True)
-
-
 @np.errstate(over="ignore", invalid="ignore")        # what is not finite is found in the loss
 def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations, batch_size,
         micro_batch=None, drop=0.75, evaluate_every=50, images=""):
@@ -298,9 +218,7 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
                 raise FloatingPointError(
                     f"{stage}: iteration {iteration}: {error}; checkpoints written before are "
                     "kept; try a smaller --rate") from None
-            miou = {}
-            if iteration % evaluate_every == 0 or iteration == iterations:
-                miou = validate()
+            miou = validate() if iteration % evaluate_every == 0 or iteration == iterations else {}
             curve = {"miou": list(miou.values())[-1], "miou_unary": miou["unary"],
                      "images": images} if miou else {}
             log.append(iteration, loss, optimiser.scale, **curve)
@@ -308,11 +226,9 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
             progress.update(iteration, loss, note)
             info["iteration"] = iteration
             if miou or stop:
-                better = bool(miou) and list(miou.values())[-1] > info.get("best", -1)
-                if better:
-                    info["best"] = list(miou.values())[-1]
-                # the best state first: killed in between, a resumed run writes it again
-                if better:
+                if curve.get("miou", -1) > info.get("best", -1):
+                    # the best state first: killed in between, a resumed run writes it again
+                    info["best"] = curve["miou"]
                     checkpoints.save(f"{path}_best.npz", model, info)
                 checkpoints.save(f"{path}.npz", model, info, optimiser)
             if miou:

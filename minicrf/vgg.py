@@ -3,35 +3,30 @@
 Three presets share one builder: `vgg16` is the paper's; `largefov` has a small fc6 with larger
 holes (Chen et al., 2015); `tiny` has a few channels and a small input, for the demo and the tests.
 """
-import math
-
 import numpy as np
 
-from .arrays import THREADS, array_module, to_device
-from .layers import (BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequential,
-                     PLANE_BYTES, block_rows)
+from .arrays import array_module, to_device
+from .layers import BilinearUpsample, Conv2d, Dropout, MaxPool2d, ReLU, Sequential
 
 # input_size in pixels; channels of conv1..conv5; fc6: kernel and dilation; fc: channels of fc6, fc7
+PAPER = dict(input_size=306, channels=(64, 128, 256, 512, 512), dropout=0.5)
 PRESETS = {
-    "vgg16": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(7, 4), fc=4096,
-                  dropout=0.5),
-    "largefov": dict(input_size=306, channels=(64, 128, 256, 512, 512), fc6=(3, 12), fc=1024,
-                     dropout=0.5),
+    "vgg16": dict(PAPER, fc6=(7, 4), fc=4096),
+    "largefov": dict(PAPER, fc6=(3, 12), fc=1024),
     "tiny": dict(input_size=98, channels=(16, 24, 32, 48, 48), fc6=(3, 3), fc=96, dropout=0),
 }
 CONVOLUTIONS = (2, 2, 3, 3, 3)                # convolutions in each of the five blocks
-POOLS = (dict(padding=(1, 1)), dict(padding=(1, 1)), dict(padding=(1, 1)),
-         dict(stride=1, padding=(0, 1)),      # pool4 and pool5 no longer downsample;
-         dict(stride=1, dilation=2, padding=(1, 1)))   # what follows them has holes instead
+POOLS = [dict(padding=(1, 1))] * 3 + [
+    dict(stride=1, padding=(0, 1)),           # pool4 and pool5 no longer downsample;
+    dict(stride=1, dilation=2, padding=(1, 1))]   # what follows them has holes instead
 
 
 def build(preset, n_classes, seed=0, dropout=None, dtype=np.float32):
     """The network of that preset, freshly initialised: (B, 3, S, S) -> (B, n_classes, h, w) scores.
 
-    preset: a name in PRESETS.  n_classes: L.  dropout: rate behind fc6 and fc7, the preset's own by
-    default.  With S = 306, `vgg16` and `largefov` give h = w = 40.  The network carries `preset`,
-    `input_size` (S) and `upsample`, aligned with its cells.
-    Raises ValueError for an unknown preset.
+    preset: a name in PRESETS.  n_classes: L.  dropout: rate behind fc6 and fc7, None for the
+    preset's own.  S = 306 gives h = w = 40.  The network carries `preset`, `input_size` (S) and
+    `upsample`, aligned with its cells.  Raises ValueError for an unknown preset.
     """
     if preset not in PRESETS:
         raise ValueError(f"net: found {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -46,12 +41,11 @@ def build(preset, n_classes, seed=0, dropout=None, dtype=np.float32):
                               padding=(kernel - 1) * dilation // 2, rng=rng, dtype=dtype)
         channels = channels_out
 
-    for block in range(5):
-        for i in range(CONVOLUTIONS[block]):
-            name = f"{block + 1}_{i + 1}"
-            convolution(f"conv{name}", sizes["channels"][block], 3, dilation=2 if block == 4 else 1)
-            layers[f"relu{name}"] = ReLU()
-        layers[f"pool{block + 1}"] = MaxPool2d(**POOLS[block])
+    for block, (n, channels_out, pool) in enumerate(zip(CONVOLUTIONS, sizes["channels"], POOLS), 1):
+        for i in range(1, n + 1):
+            convolution(f"conv{block}_{i}", channels_out, 3, dilation=2 if block == 5 else 1)
+            layers[f"relu{block}_{i}"] = ReLU()
+        layers[f"pool{block}"] = MaxPool2d(**pool)
     convolution("fc6", sizes["fc"], *sizes["fc6"])
     layers |= {"relu6": ReLU(), "drop6": Dropout(dropout)}
     convolution("fc7", sizes["fc"], 1, 1)
@@ -98,54 +92,3 @@ def seed_dropout(net, *seed):
     for number, layer in enumerate(net.layers.values()):
         if isinstance(layer, Dropout):
             layer.seed = (*seed, number)
-
-
-def training_bytes(net, batch_size):
-    """Bytes that a training step of `batch_size` images holds at its peak, momentum included.
-
-    Follows one step: what each layer keeps for backward, and its working set.  Scores at original
-    size and the CRF, a few images' worth, come on top.
-    """
-    p = net["fc8"].params["w"]
-    xp, item = array_module(p), p.itemsize
-    parameters = sum(q.nbytes for q in net.params.values())
-    shape, kept, peak = (3, net.input_size, net.input_size), [], 0
-    held = batch_size * math.prod(shape) * item
-    for layer in net.layers.values():
-        size = layer.output_size(shape[1])
-        shape_in, shape = shape, (shape[0], size, size)
-        working = new = 0
-        if isinstance(layer, Conv2d):
-            shape = (len(layer.params["b"]), size, size)
-            new = batch_size * math.prod(shape) * item
-            working = column_bytes(shape_in, layer, item, xp)
-        elif isinstance(layer, MaxPool2d):          # its output, and the winning taps
-            new = batch_size * math.prod(shape) * (item + 1)
-        elif isinstance(layer, Dropout) and layer.rate:     # which values are kept, and the draw
-            new, working = batch_size * math.prod(shape), 4 * batch_size * math.prod(shape)
-        held += new
-        peak = max(peak, held + working)
-        kept.append((layer, shape_in, shape, new))
-
-    for layer, shape_in, shape_out, new in reversed(kept):
-        dy, dx = (batch_size * math.prod(s) * item for s in (shape_out, shape_in))
-        held -= new                                 # the layers above have freed what they shared
-        working = 0
-        if isinstance(layer, Conv2d):               # dx needs the kernel turned, dw is summed up
-            w = layer.params["w"].nbytes
-            columns = column_bytes(shape_in, layer, item, xp)
-            working = max(w + columns, dx + w + column_bytes(shape_out, layer, item, xp))
-        elif isinstance(layer, MaxPool2d):
-            in_flight = dx if xp is not np else min(dx, THREADS * PLANE_BYTES)
-            working = dx + 3 * in_flight            # padded, compared with, multiplied
-        peak = max(peak, held + dy + working)
-    return 3 * parameters + peak
-
-
-def column_bytes(shape, layer, itemsize, xp):
-    """Bytes of the buffer of layers.column_blocks for an input (C, H, W) of a convolution."""
-    if layer.kernel == 1:
-        return 0
-    C, H, W = shape
-    column = C * layer.kernel ** 2 * itemsize
-    return column * W * block_rows(column, H, W, xp) + C * (H + 2) * (W + 2) * itemsize

@@ -16,7 +16,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import run_voc   # noqa: E402
-from minicrf import training   # noqa: E402
+from minicrf import logs   # noqa: E402
 
 
 def parse_arguments(arguments):
@@ -24,7 +24,7 @@ def parse_arguments(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("voc", metavar="PATH/TO/VOC2012", help="the folder that holds JPEGImages")
-    add("--weights", metavar="FILE", help="ImageNet weights, or a unary checkpoint to train further")
+    add("--weights", metavar="FILE", help="ImageNet weights, or a unary checkpoint to go on from")
     add("--out", default="runs/experiment", metavar="DIR", help="a folder SEED in it for each seed")
     add("--net", default="largefov")
     add("--device", default="auto")
@@ -67,7 +67,7 @@ def main(arguments=None):
             if code:
                 return code
         print(f"mean IoU on the first {args.evaluate_images} validation images as it trained:")
-        for row in training.read_log(os.path.join(out, "log.csv")):
+        for row in logs.read_log(os.path.join(out, "log.csv")):
             if row["miou"]:
                 print(f"  {row['stage']} {row['iteration']}: {float(row['miou']):.1f}")
     print(f"[{time.monotonic() - began:.0f} s] done: see table.txt, curves.png and panels in "

@@ -1,4 +1,4 @@
-"""`python -m minicrf.gradcheck`: passes as the code stands, and rejects every bug in its list."""
+"""`python -m minicrf.gradcheck`: its table, its bugs; that each is caught: test_mutations.py."""
 import re
 import subprocess
 import sys
@@ -6,30 +6,14 @@ import sys
 import numpy as np
 import pytest
 
-from minicrf import gradcheck, layers, losses
-
-
-def fails(check):
-    """True as soon as one row of a check fails; later rows are not computed."""
-    try:
-        return any(not gradcheck.relative_error(a, b) < gradcheck.TOLERANCE for _, a, b in check())
-    except ValueError:                                   # wrong shapes
-        return True
+from minicrf import gradcheck, losses
 
 
 NAMES = [name for bugs in gradcheck.BUGS.values() for name in bugs]
-CHECK = {"layers": gradcheck.check_layers, "losses": gradcheck.check_losses}
-
-
-@pytest.mark.parametrize("bug", NAMES)
-def test_every_bug_is_caught(bug):
-    module = gradcheck.find_bug(bug)[0].split(".")[0]
-    with gradcheck.broken(bug):
-        assert fails(CHECK.get(module, gradcheck.check_crf))
 
 
 def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
-    assert gradcheck.main([]) == 0                       # after all those bugs
+    assert gradcheck.main([]) == 0
     table = capsys.readouterr().out
     assert "FAIL" not in table and "0 failed" in table
     for name in ("Conv2d 3x3: dx", "Conv2d 3x3: dw", "Conv2d 3x3: db", "ReLU: dx", "Dropout: dx",
@@ -54,16 +38,6 @@ def test_break_shows_which_row_fails(capsys, monkeypatch):
 def test_a_row_of_nan_fails(capsys):
     nan = np.full(3, float("nan"))
     assert gradcheck.run([lambda: iter([("row", nan, nan)])]) == ["row"]
-
-
-def test_every_backward_has_a_bug_in_the_list():
-    kinds = [kind for kind in vars(layers).values() if isinstance(kind, type)]
-    for layer in kinds:
-        if "backward" in vars(layer) and layer is not layers.Layer:
-            assert f"layers.{layer.__name__}.backward" in gradcheck.BUGS
-    others = {"losses.softmax_loss", "densecrf.DenseCRF.backward", "densecrf._through_softmax",
-              "densecrf.DenseCRF.backward_logits", "kernels.GaussianKernel.shape_gradient"}
-    assert others <= gradcheck.BUGS.keys()
 
 
 def test_a_bug_reaches_those_who_imported_the_function_before():

@@ -98,7 +98,7 @@ def test_resume_refuses_other_settings(trained, toy_set, tmp_path, capsys, stage
     if stage == "joint":
         options = ["--voc", str(toy_set), "--out", str(tmp_path), *FAST]
     assert run_voc.main([*options, "--stage", stage, "--resume", *changed.split()]) == 2
-    assert_one_line(capsys, f"{stage}.npz: found a run with {found}: --resume goes on with the same")
+    assert_one_line(capsys, f"{stage}.npz: found a run with {found}: --resume goes on with")
     assert (tmp_path / f"{stage}.npz").read_bytes() == before
 
 
@@ -366,7 +366,7 @@ def test_predict_takes_a_photograph_of_twelve_million_pixels(voc_checkpoint, tmp
 
 @pytest.mark.parametrize("make, named", [
     (lambda path: path.mkdir(), "photo: found no photographs"),
-    (lambda path: path.write_text("text"), "photo: not a readable photograph"),
+    (lambda path: path.write_text("text"), "photo: found a file that cannot be read"),
     (lambda path: None, "photo: found no such file"),
     (lambda path: (path.mkdir(), (path / "a.jpg").write_text("text")), "no readable photograph")])
 def test_predict_of_nothing_ends_in_one_line(voc_checkpoint, tmp_path, capsys, make, named):
