@@ -77,7 +77,7 @@ def build_parser():
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", choices=(*training.STAGES, "eval", "predict"),
         help="unary: train the network alone; joint: network and CRF, from the unary checkpoint; "
-        "piecewise: the CRF alone; eval: Table 1 of what was trained; predict: label photographs "
+        "piecewise: the CRF alone; eval: one table of what was trained; predict: label photographs "
         "(default: unary, then joint)")
     add("--weights", metavar="FILE", help="unary: ImageNet weights (.npz, .mat, .safetensors) or "
         "a checkpoint to train further (default: none); piecewise, joint: the checkpoint to start "
@@ -103,7 +103,8 @@ def build_parser():
     add("--rate", type=FROM_0, metavar="X",
         help=f"multiplies every learning rate {default('rate')}")
     add("--drop", type=SHARE, metavar="X", default=0.75,
-        help="share of the iterations after which learning rates fall to a tenth (default: 0.75)")
+        help="share of the iterations after which learning rates fall to a tenth (default: 0.75; "
+        "1: never)")
     add("--evaluate-every", type=COUNT, metavar="N",
         help=f"iterations between evaluations {default('evaluate_every')}")
     add("--evaluate-images", type=COUNT, metavar="K",
@@ -113,7 +114,7 @@ def build_parser():
 
     add = parser.add_argument_group("where the CRF starts").add_argument
     add("--w", type=FROM_0, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
-        help="kernel weights (default: 1 4)")
+        help="kernel weights (default: 1 4, under those that are best with nothing learned)")
     add("--sigma-position", type=WIDTH, default=3, metavar="PIXELS",
         help="width of the kernel of position (default: 3)")
     add("--sigma-bilateral", type=WIDTH, nargs=2, default=(80, 13), metavar=("PIXELS", "COLOUR"),

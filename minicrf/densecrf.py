@@ -135,7 +135,7 @@ class DenseCRF:
         cross = [0] * len(kernels)                                           # M times (d,)
         df = xp.zeros_like(dz)
 
-        for q in reversed(steps):
+        for q in reversed(steps):                                            # q^(t-1), t = T..1
             # forward: z^t = f + sum_m w_m K_m q^(t-1)
             tasks = []
             for kernel, filters in zip(kernels, weighted):

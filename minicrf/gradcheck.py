@@ -43,17 +43,24 @@ BUGS = {
         "crf-message-sign": ("dq += w[m] * K_dz", "dq -= w[m] * K_dz"),
         "crf-message-unweighted": ("w[m] * K_dz", "K_dz"),
         "crf-self-forgotten": ("dq = -self_weight[rows]", "dq = 0"),
+        "crf-softmax-skipped": ("dz[rows] = _through_softmax(dq, q[rows])", "dz[rows] = dq"),
         "crf-dw-one-step": ("forth[m, rows] +=", "forth[m, rows] ="),
         "crf-dw-self-forgotten": ("forth[m] - kernel.self_weight * product", "forth[m]"),
+        "crf-dsigma-forth-dropped": ("forth[m] + back[m]", "back[m]"),
         "crf-dsigma-back-dropped": ("forth[m] + back[m]", "forth[m]"),
+        "crf-dsigma-back-one-step": ("back[m, rows] +=", "back[m, rows] ="),
+        "crf-product-one-step": ("product[rows] +=", "product[rows] ="),
         "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *"),
         "crf-dsigma-unweighted": ("w[m] * dsigma", "dsigma")},
     "kernels.GaussianKernel.shape_gradient": {
         "kernel-cross-sign": ("- 2 * cross", "+ 2 * cross"),
         "kernel-n-dropped": ("gradient += (", "0 * ("),
+        "kernel-n-squares-dropped": ("+ K_squares", ""),
         "kernel-kappa-dropped": ("self.self_weight * product - outer / 2", "-outer / 2")},
     "permutohedral.PermutohedralLattice.spread_transpose": {
         "lattice-blurs-not-reversed": ("reversed(self.blurs)", "self.blurs")},
+    "permutohedral.PermutohedralLattice.inner": {
+        "lattice-inner-not-blurred": ("self.spread(b)", "self._splat(b)")},
     "training.accumulate_gradients": {
         # "truth minus marginals" alone, back-tracking left out
         "joint-crf-skipped": ("df = crf.backward_logits(df)", "crf.backward_logits(df)"),
@@ -177,6 +184,8 @@ def check_crf():
     a, b = rng.standard_normal((2, 12, 2))
     yield "PermutohedralLattice: transpose", lattice.filter_transpose(a), numerical_gradient(
         lambda _: (a * lattice.filter(b)).sum(), b, 1e-2)
+    yield "PermutohedralLattice: inner", lattice.filter(b), numerical_gradient(
+        lambda _: lattice.inner(a, b), a, 1e-2)
 
 
 def check_model():

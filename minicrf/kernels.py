@@ -1,6 +1,6 @@
 """Gaussian kernels of the dense CRF, Eq. 9: filter, transpose, derivative by the kernel's width.
 
-    k(i,j) = exp(-|F_i - F_j|^2 / 2),  F = p / sigma,  for j != i;  symmetric: K^ = D^-1/2 K D^-1/2
+    k(i,j) = exp(-|F_i - F_j|^2 / 2),  F = p / sigma;  symmetric: K_hat = D^-1/2 K D^-1/2
 Legend: N pixels, L labels, d feature dimensions.
 """
 import copy
@@ -14,7 +14,7 @@ TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
 
 
 class GaussianKernel:
-    """K^, the kernel as Eq. 5 uses it: normalised, and without i = j where exclude_self is set.
+    """The kernel as Eq. 5 uses it: K_hat - diag(self_weight), normalised and without i = j.
 
     features: (d, N) floats, in their own units; sigma: d widths in the same units.
     normalization: "symmetric", D^-1/2 K D^-1/2 with D = diag(K 1), or "none".
@@ -49,12 +49,12 @@ class GaussianKernel:
         self.self_weight = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
 
     def apply(self, b):
-        """K^ b for b (N, L)."""
+        """(K_hat - diag(self_weight)) b for b (N, L)."""
         return self.K_hat.filter(b) - self.self_weight[:, None] * b
 
-    # forward: out = K^ b
+    # forward: out = (K_hat - diag(self_weight)) b
     def apply_transpose(self, a):
-        """K^^T a for a (N, L)."""
+        """Its transpose: (K_hat^T - diag(self_weight)) a for a (N, L)."""
         return self.K_hat.filter_transpose(a) - self.self_weight[:, None] * a
 
     def weighted(self):
@@ -62,12 +62,12 @@ class GaussianKernel:
         return [self.K_hat.scaled(f) for f in self.features]
 
     def shape_gradient(self, outer, cross, product):
-        """d<a, K^ b>/dlog sigma (d,) by the moment form.  For each feature F_k, unit width, this is
+        """d<a, (K_hat - diag(self_weight)) b>/dlog sigma (d,) by the moment form, for unit width:
 
             sum_ij a_i K_hat_ij b_j (F_ki - F_kj)^2 = sum_i F_ki^2 outer_i - 2 cross_k
 
         outer: (N,), a (K_hat b) + b (K_hat^T a); cross: (d,), <a, G_k b> for G_k of `weighted`;
-        product: (N,), a b; all summed over the labels.  They are linear in <a, K^ b>: a sum of such
+        product: (N,), a b; all summed over the labels.  The gradient is linear in them: a sum of such
         terms, over mean-field steps, needs this once.
 
         Where K is normalised, sigma acts through n = K 1 too: + <c, dK 1>, with

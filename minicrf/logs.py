@@ -28,6 +28,7 @@ class Log:
             writer.writerows(rows)
 
     def append(self, iteration, loss, rate, **values):
+        """Add an iteration's row.  rate: the factor on all learning rates; values: more columns."""
         row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
         try:
             with open(self.path, "a", newline="") as file:
@@ -71,6 +72,7 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def update(self, iteration, loss, note=""):
+        """Show an iteration's loss; note: what an evaluation found, shown at once."""
         now = time.monotonic()
         each = (now - self.began) / (iteration - self.start)             # seconds an iteration
         speed = f"{self.batch_size / each:.2f}"

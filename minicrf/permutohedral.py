@@ -20,7 +20,7 @@ class PermutohedralLattice:
 
     K = alpha * slice @ B_d @ ... @ B_0 @ splat, with splat = slice^T and B_j the blur along axis j.
     features: (N, d) floats, already divided by sigma: the kernel has unit width in every direction.
-    `diagonal` (N,) is K's own diagonal, the DESIGN's kappa: exact where no neighbour is missing.
+    `diagonal` (N,) is K's own diagonal, kappa: exact where no neighbour is missing.
     Everything is in the features' dtype.  Raises ValueError where features are not (N, d) or not
     finite, or too far apart for their width.
     """

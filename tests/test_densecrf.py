@@ -58,6 +58,21 @@ def test_exact_inference_is_equation_5(options):
     np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_inference_on_the_lattice_is_equation_5_with_its_matrix(options):
+    """Each kernel as a dense matrix: the lattice's answer to every pixel, less its diagonal."""
+    scores, image, _ = example()
+    crf = DenseCRF(L, w=(0.5, 1.), **SIGMAS, **options)
+    q = crf.forward(scores, image)
+    f = scores.reshape(-1, L)
+    matrices = [kernel.K_hat.filter(np.eye(len(f))) - np.diag(kernel.self_weight)
+                for kernel in crf._saved[0]]
+    p = softmax(f)
+    for _ in range(crf.iterations):
+        p = softmax(f + sum(w * K @ p for w, K in zip(crf.params["w"], matrices)))
+    np.testing.assert_allclose(q.reshape(p.shape), p, atol=1e-12)
+
+
 def loss_and_gradient(crf, scores, image, labels):
     """Eq. 6 and its gradient to the scores; the parameters' gradients are left in crf.grads."""
     crf.forward(scores, image)

@@ -88,6 +88,15 @@ def test_micro_batches_sum_to_the_whole_batch():
         assert np.linalg.norm(results[1][key] - whole) <= 1e-9 * np.linalg.norm(whole), key
 
 
+def test_joint_training_changes_network_and_crf():
+    model = small_model()
+    optimiser = training.optimizer(model, "joint", [])
+    before = {key: p.copy() for key, p in (model.net.params | model.crf.params).items()}
+    training.train_step(model, optimiser, batch(model, 2), 0, 1)
+    for key, p in (model.net.params | model.crf.params).items():
+        assert (p != before[key]).mean() > 0.5, key
+
+
 def test_piecewise_changes_the_crf_alone():
     model = small_model()
     before = {key: p.copy() for key, p in model.net.params.items()}
