@@ -179,8 +179,8 @@ class Data:
 
     def samples(self, ids, note=None):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
-        shown = tqdm(ids, note, unit="image", leave=False, disable=None if note else True)
-        return voc.ahead(self.load, zip(shown))
+        return tqdm(voc.ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
+                    disable=None if note else True)
 
     def load(self, image_id):
         # VOC's own labels where an image is of its validation list: SBD's have no void
@@ -244,8 +244,8 @@ def resumed_model(args, data, stage, settings, device):
     model, arrays, info = training.load_model(path, data.classes, device)
     found = {"stage": info["stage"], **info.get("settings", {})}
     for name, value in {"stage": stage, **settings}.items():
-        if found.get(name) != value:
-            raise ValueError(f"{path}: found a run with {name} {found.get(name)}, expected "
+        if name in found and found[name] != value:
+            raise ValueError(f"{path}: found a run with {name} {found[name]}, expected "
                              f"{value}: --resume goes on with the same settings")
     start = args.weights or os.path.join(args.out, "unary.npz")
     if (stage != "unary" and info.get("start") and os.path.exists(start)

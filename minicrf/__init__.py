@@ -3,7 +3,7 @@
 Public names: DenseCRF, scores_from_probabilities, scores_from_labels, PermutohedralLattice.
 Read the files in this order, each resting on those before it:
 
-    arrays          NumPy or CuPy: the one file that knows the difference
+    arrays          NumPy or CuPy: the one file that imports CuPy
     gradcheck       finite differences: what every backward below is held against
     losses          softmax, and the log-likelihood of the truth            Eqs. 6, 8
     im2col          a convolution as one matrix product

@@ -1,4 +1,4 @@
-"""NumPy or CuPy: the one file that knows the difference.
+"""NumPy or CuPy: the one file that imports CuPy.
 
 Every function of the package asks `array_module(x)` for the module its argument belongs to, so the
 same source runs on both and arrays of both kinds can live in one process.  No global switch.

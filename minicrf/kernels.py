@@ -67,8 +67,8 @@ class GaussianKernel:
             sum_ij a_i K_hat_ij b_j (F_ki - F_kj)^2 = sum_i F_ki^2 outer_i - 2 cross_k
 
         outer: (N,), a (K_hat b) + b (K_hat^T a); cross: (d,), <a, G_k b> for G_k of `weighted`;
-        product: (N,), a b; all summed over the labels.  The gradient is linear in them: a sum of such
-        terms, over mean-field steps, needs this once.
+        product: (N,), a b; all summed over the labels.  The gradient is linear in them: a sum of
+        such terms, over mean-field steps, needs this once.
 
         Where K is normalised, sigma acts through n = K 1 too: + <c, dK 1>, with
         c_i = (-outer_i / 2 + kappa_i / n_i product_i) / n_i.

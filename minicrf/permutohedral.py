@@ -64,7 +64,7 @@ class PermutohedralLattice:
 
     def gather(self, v, rows=None):
         """Slice what was spread, (P, C), at all N points or at a slice of them: (rows, C)."""
-        if rows is None:
+        if rows in (None, slice(0, self.slice.shape[0])):    # all: CuPy would copy and sort them
             return self.slice @ v
         key = rows.start, rows.stop
         if key not in self._row_slices:      # kept, since mean field comes back for the same rows
@@ -225,7 +225,7 @@ def _distinct(words):
     new[1:] = words[1:] != words[:-1]
     numbers = xp.empty(len(words), dtype=np.int32)
     numbers[order] = xp.cumsum(new, dtype=np.int32) - 1
-    first = xp.flatnonzero(new)                           # (P,); here a GPU is waited for
+    first = xp.flatnonzero(new)                           # (P,)
     return words[first], numbers, order[first]
 
 
