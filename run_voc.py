@@ -42,7 +42,8 @@ def number(expected, accept, kind=float):
 
 COUNT = number("a whole number above 0", lambda x: x > 0, int)
 FROM_0 = number("a number, 0 or more", lambda x: x >= 0)
-WIDTH = number("a number above 0.001", lambda x: x > 0.001)
+WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)
+WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
 SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 SEED = number("a whole number, 0 or more", lambda x: x >= 0, int)
 
@@ -113,7 +114,7 @@ def build_parser():
         help="of weights, order, dropout and the toy set (default: 0)")
 
     add = parser.add_argument_group("where the CRF starts").add_argument
-    add("--w", type=FROM_0, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
+    add("--w", type=WEIGHT, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
         help="kernel weights (default: 1 4, under those that are best with nothing learned)")
     add("--sigma-position", type=WIDTH, default=3, metavar="PIXELS",
         help="width of the kernel of position (default: 3)")
@@ -166,16 +167,30 @@ def check_options(args):
     except OSError as error:
         raise OSError(f"--out: found {args.out} ({error.strerror}), expected a folder to write "
                       "into") from None
+    logs.read_log(os.path.join(args.out, "log.csv"))         # what is wrong there is said now
+    reports.read_results(args.out)
+    stages = {None: ("unary", "joint")}.get(args.stage, (args.stage,))
+    for name in [f"{stage}{kind}.npz" for stage in stages for kind in ("", "_best", "_previous")]:
+        path = os.path.join(args.out, name)
+        if (args.weights and not args.resume and args.stage not in ("eval", "predict")
+                and os.path.exists(path) and os.path.realpath(path) == os.path.realpath(
+                    args.weights)):
+            raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
+                             "expected another --out, or --resume to go on")
 
 
 class Data:
-    """A VOC folder's class names and image lists."""
+    """A VOC folder: class names, image lists, and the images with their labels."""
 
     def __init__(self, root, sbd):
         self.root, self.sbd = root, sbd
         self.classes = voc.class_names(root)
         self.train = voc.image_list(root, "train", sbd)
         self.val = voc.image_list(root, "val")
+        both = {*self.train} & {*self.val}
+        if both:
+            raise ValueError(f"{root}: found {min(both)} in both train.txt and val.txt, "
+                             "expected it in one")
 
     def samples(self, ids, note=None):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
@@ -217,11 +232,6 @@ def start_crf(args, n_classes):
 
 def start_model(args, data, stage, device):
     """(model, fresh layers, fingerprint of what it starts from) for a stage from its beginning."""
-    path = os.path.join(args.out, f"{stage}.npz")
-    if args.weights and os.path.exists(path) and os.path.realpath(path) == os.path.realpath(
-            args.weights):
-        raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
-                         "expected another --out, or --resume to go on")
     if stage == "unary":
         return *unary_model(args, data, device), None
     start = args.weights or os.path.join(args.out, "unary.npz")
@@ -242,7 +252,10 @@ def resumed_model(args, data, stage, settings, device):
     """(model, arrays, info) of OUT/STAGE.npz, once it is certain that it fits this run."""
     path = os.path.join(args.out, f"{stage}.npz")
     model, arrays, info = training.load_model(path, data.classes, device)
-    found = {"stage": info["stage"], **info.get("settings", {})}
+    if not (isinstance(info.get("settings"), dict) and type(info.get("best", 0.0)) is float
+            and isinstance(info.get("fresh"), list) and {*info["fresh"]} <= {*model.net.layers}):
+        raise ValueError(f"{path}: found no settings of a run, expected what a training run left")
+    found = {"stage": info["stage"], **info["settings"]}
     for name, value in {"stage": stage, **settings}.items():
         if name in found and found[name] != value:
             raise ValueError(f"{path}: found a run with {name} {found[name]}, expected "
@@ -260,6 +273,7 @@ def run_stage(args, data, stage, device):
     path = os.path.join(args.out, f"{stage}.npz")
     settings = {"seed": args.seed, "batch_size": args.batch_size, "micro_batch": args.micro_batch,
                 "rate": args.rate[stage], "drop": args.drop,
+                "evaluate_images": args.evaluate_images,
                 "training list (its checksum)": zlib.crc32(" ".join(data.train).encode())}
     settings |= ({"net": args.net} if stage == "unary" else
                  {name: np.ravel(getattr(args, name)).tolist()
@@ -270,6 +284,8 @@ def run_stage(args, data, stage, device):
         start = info["iteration"]
     else:
         model, fresh, origin = start_model(args, data, stage, device)
+        if os.path.exists(path):
+            print(f"{path}: found that of an earlier run; it will be kept as {stage}_previous.npz")
         info = {"stage": stage, "classes": data.classes, "seed": args.seed, "fresh": fresh,
                 "settings": settings, "start": origin, "arguments": vars(args)}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
@@ -340,9 +356,12 @@ def evaluate_checkpoints(args, data, device):
     if not (args.weights or there):
         raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
                                 "piecewise.npz or joint.npz, or one named with --weights")
-    for path in [args.weights] if args.weights else there.values():
+    for path in [args.weights] if args.weights else list(there.values()):
         model, _, info = training.load_model(path, data.classes, device)
         stage = info["stage"]
+        if not args.weights and path != there.get(stage):
+            raise ValueError(f"{path}: found a checkpoint of stage {stage}, expected "
+                             f"{os.path.basename(path)[:-4]}")
         if stage in there and not os.path.samefile(path, there[stage]):
             raise ValueError(f"--out: found {there[stage]}, whose results those of {path} would "
                              "replace; expected another folder")
@@ -386,18 +405,18 @@ def predict(args, device):
     for path in photographs:
         try:
             image = pictures.read_photograph(path)
-        except (ValueError, OSError) as error:
+            small = pictures.shrink(image)   # a CRF variable a pixel: at most a million of them
+            labels = [found for found in model.predict(small) if found is not None][-1]
+            labels = pictures.enlarge(labels, image.shape[:2])
+            name = os.path.join(folder, os.path.basename(path))
+            voc.save_labels(f"{name}.labels.png", labels)
+            figures.save(figures.overlay(image, labels), f"{name}.overlay.png")
+        except (ValueError, OSError, MemoryError) as error:
             if not os.path.isdir(args.image):
                 raise
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {error or f'{path}: too little memory'}", file=sys.stderr)
             skipped += 1
             continue
-        small = pictures.shrink(image)       # a CRF variable a pixel: at most a million of them
-        labels = [found for found in model.predict(small) if found is not None][-1]
-        labels = pictures.enlarge(labels, image.shape[:2])
-        name = os.path.join(folder, os.path.basename(path))
-        voc.save_labels(f"{name}.labels.png", labels)
-        figures.save(figures.overlay(image, labels), f"{name}.overlay.png")
         share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size
         print(f"{path}: " + ", ".join(f"{info['classes'][i]} {100 * share[i]:.1f}%"
                                       for i in np.argsort(-share) if share[i] >= 0.001))
@@ -445,6 +464,8 @@ def run(args):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what cannot be printed
+        stream.reconfigure(errors="backslashreplace")
     try:
         return run(args)
     except KeyboardInterrupt:                # outside training, which saves before it stops
@@ -456,6 +477,8 @@ def main(arguments=None):
         error = f"found too little memory for {size} images at a time; try {smaller}"
     except (ValueError, OSError, FloatingPointError) as raised:
         error = raised
+        if isinstance(raised, OSError) and raised.filename:      # as the system says it
+            error = f"{raised.filename}: found {raised.strerror}, expected a file to read or write"
     print(f"run_voc.py: {error}", file=sys.stderr)
     return 2
 

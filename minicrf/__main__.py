@@ -14,6 +14,7 @@ from PIL import Image, ImageColor
 from . import checkpoints, pictures, voc
 from .arrays import gpu_available, to_device, to_host
 from .densecrf import DenseCRF
+from .files import reason, replacing
 from .losses import VOID
 from .scores import scores_from_labels, scores_from_probabilities
 
@@ -73,16 +74,16 @@ def colour(text):
     raise argparse.ArgumentTypeError(f"found {text!r}, expected a name, R,G,B or RRGGBB")
 
 
-def read_array(path, probabilities=False):
-    """The scores (H, W, L) float32 in an .npy file of scores or probabilities."""
+def read_array(path, size, probabilities=False):
+    """The scores (H, W, L) float32 in an .npy file of scores or probabilities; size: (H, W)."""
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:      # NumPy raises half a dozen kinds for broken files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable .npy file ({reason})") from None
+        raise ValueError(f"{path}: not a readable .npy file ({reason(error)})") from None
     if values.ndim != 3 or values.dtype.kind not in "fiu" or not 1 <= values.shape[2] <= MAX_LABELS:
         raise ValueError(f"{path}: found shape {values.shape} of {values.dtype}, expected "
                          f"(H, W, L) of real numbers, L at most {MAX_LABELS}")
+    check_size(path, values.shape[:2], size)         # before so much is read
     values = np.array(values, np.float32)
     if not probabilities:
         return values
@@ -90,6 +91,13 @@ def read_array(path, probabilities=False):
         raise ValueError(f"{path}: found values from {values.min():g} to {values.max():g}, "
                          "expected probabilities, 0 to 1")
     return scores_from_probabilities(values)
+
+
+def check_size(path, found, size):
+    """Raises ValueError unless scores or labels of size found, (H, W), are of the photograph's."""
+    if found != size:
+        raise ValueError(f"{path}: found height and width {found}, expected {size} as the "
+                         "photograph's, turned as its orientation tag says")
 
 
 def read_labels(path, unknown=None):
@@ -130,7 +138,7 @@ def paint_voc(labels):
     return painted
 
 
-def read_scores(args):
+def read_scores(args, size):
     """(scores (H, W, L) float32, labels (H, W) before the CRF, paint) as args.scores gives them."""
     array = args.scores.lower().endswith(".npy")
     if args.probabilities and not array:
@@ -139,9 +147,10 @@ def read_scores(args):
         raise ValueError(f"{args.scores}: found an array, expected a label picture for "
                          "--confidence and --unknown")
     if array:
-        scores = read_array(args.scores, args.probabilities)
+        scores = read_array(args.scores, size, args.probabilities)
         return scores, scores.argmax(axis=2), paint_voc
     labels, L, paint = read_labels(args.scores, args.unknown)
+    check_size(args.scores, labels.shape, size)
     confidence = CONFIDENCE if args.confidence is None else args.confidence
     return scores_from_labels(labels, L, confidence), labels, paint
 
@@ -175,15 +184,12 @@ def main(arguments=None):
         raise ValueError(f"{args.out}: found no place for the result, expected a name ending in "
                          ".png that is none of the inputs")
     image = pictures.read_photograph(args.image)
-    scores, before, paint = read_scores(args)
-    (H, W, L), size = scores.shape, image.shape[:2]
-    if (H, W) != size:
-        raise ValueError(f"{args.scores}: found shape ({H}, {W}, {L}), expected ({size[0]}, "
-                         f"{size[1]}, L) as {args.image}, turned as its orientation tag says")
+    scores, before, paint = read_scores(args, image.shape[:2])
+    H, W, L = scores.shape
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     q = build_crf(args, L).forward(to_device(scores, device), to_device(image, device), train=False)
     labels = to_host(q.argmax(axis=2))
-    with checkpoints.replacing(args.out, "wb") as file:
+    with replacing(args.out, "wb") as file:
         paint(labels).save(file, format="PNG")
     changed = np.mean((labels != before)[before != VOID])
     print(f"wrote {args.out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed")

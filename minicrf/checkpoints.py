@@ -3,17 +3,17 @@
 Keys: the network's own (`conv1_1_w` ... `fc8_b`, `mean`), `crf_w`, `crf_log_sigma_...`, momentum as
 `velocity_KEY`, and `info`, a JSON text.  Written beside and renamed; read without pickle.
 """
-import contextlib
 import json
-import os
 
 import numpy as np
 
 from . import __version__, vgg, weights
 from .arrays import array_module, to_host
 from .densecrf import DenseCRF
+from .files import replacing
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
+CRF = {"crf_w": [(2,)], "crf_log_sigma_position": [(2,)], "crf_log_sigma_bilateral": [(5,)]}
 
 
 def save(path, model, info, optimiser=None):
@@ -34,31 +34,14 @@ def save(path, model, info, optimiser=None):
         np.savez(file, **arrays)
 
 
-@contextlib.contextmanager
-def replacing(path, mode="w", newline=None):
-    """A file to write into that takes the place of `path` once it is whole.
-
-    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
-    """
-    try:
-        with open(f"{path}.tmp", mode, newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")               # a full disk needs the space
-        raise OSError(f"{path}: could not be written ({error.strerror}); what it held before is "
-                      "untouched") from None
-
-
 def read(path):
     """(arrays, info) of a checkpoint.  Raises ValueError or OSError with one line."""
     arrays = weights.read_npz(path)
     try:
         info = json.loads(str(arrays.pop("info")))
-        sound = all(isinstance(info[key], kind) for key, kind in INFO.items()) and "mean" in arrays
+        sound = (all(isinstance(info[key], kind) for key, kind in INFO.items())
+                 and {"mean", "fc8_w"} <= arrays.keys() and info["iteration"] >= 0
+                 and info["classes"] and all(isinstance(name, str) for name in info["classes"]))
     except (KeyError, ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -93,13 +76,12 @@ def load_crf(path, arrays, info):
     """
     if "crf_w" not in arrays:
         return None
-    for key in [key for key in arrays if key.startswith("crf_")]:
-        if not (arrays[key].dtype == np.float64 and arrays[key].ndim == 1
-                and np.isfinite(arrays[key]).all()):
-            raise ValueError(f"{path}: {key}: found {arrays[key].dtype} of shape "
-                             f"{arrays[key].shape}, expected finite float64 in one dimension")
+    for key, sizes in CRF.items():
+        p = arrays.get(key, np.zeros(0, np.int8))
+        if p.dtype != np.float64 or p.shape not in sizes or not abs(p).max() < 1e30:
+            raise ValueError(f"{path}: {key}: found {p.dtype} of shape {p.shape}, expected finite "
+                             f"float64 of shape {sizes[0]}")
     sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
-              if f"crf_log_sigma_{kernel}" in arrays else None
               for kernel in ("position", "bilateral")}
     try:
         crf = DenseCRF(len(info["classes"]), w=arrays["crf_w"], **sigmas)

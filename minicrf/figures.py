@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from . import pictures
+from .files import replacing
 from .losses import VOID
 from .voc import palette
 
@@ -197,8 +198,8 @@ def table(results, names):
 def save(canvas, path):
     """Write a picture, an Image or an (H, W, 3) uint8 array, as PNG; beside, then renamed."""
     canvas = canvas if isinstance(canvas, Image.Image) else Image.fromarray(canvas)
-    canvas.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path, "wb") as file:
+        canvas.save(file, format="PNG")
 
 
 def _step(span):

@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from . import checkpoints
+from .files import replacing
 
 
 class Log:
@@ -22,7 +22,7 @@ class Log:
                 if row["stage"] != stage or int(row["iteration"]) <= start]
         columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
         self.columns = list(dict.fromkeys(columns))
-        with checkpoints.replacing(path, newline="") as file:
+        with replacing(path, newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
@@ -54,7 +54,9 @@ def read_log(path):
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in [*row, *row.values()]]
         for row in rows:
-            row["stage"], int(row["iteration"]), float(row["loss"])
+            row["stage"], int(row["iteration"]), float(row["loss"]), row["images"]
+            if abs(float(row["miou"] or 0)) > 100 or int(row["iteration"]) < 0:
+                raise ValueError(f"found mean IoU {row['miou']} in iteration {row['iteration']}")
         return rows
     except (KeyError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not a readable log ({error}), expected log.csv of an earlier "

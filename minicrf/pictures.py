@@ -4,28 +4,32 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
+from .files import reason
+
 MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
+Image.MAX_IMAGE_PIXELS = None           # Pillow's own check warns before it refuses
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def open_picture(path, kind, formats=FORMATS, upright=True):
+def open_picture(path, kind, formats=FORMATS, max_pixels=None, upright=True):
     """A Pillow image, decoded; upright: turned as its orientation tag says.
 
     kind: what errors say was expected.  Raises ValueError or FileNotFoundError, in one line.
     """
     try:
         picture = Image.open(path, formats=formats)
-        if picture.width * picture.height > MAX_PIXELS:
+        max_pixels = max_pixels or MAX_PIXELS
+        if picture.width * picture.height > max_pixels:
             raise ValueError(f"found {picture.width}x{picture.height} pixels, "
-                             f"expected at most {MAX_PIXELS}")
+                             f"expected at most {max_pixels}")
         picture.load()
         return ImageOps.exif_transpose(picture) if upright else picture
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: found no such file, expected a {kind}") from None
     except Exception as error:      # Pillow raises half a dozen kinds for broken files
-        reason = " ".join(str(error).replace(str(path), "this file").split())
-        raise ValueError(f"{path}: found a file that cannot be read ({reason}), expected a {kind}: "
+        why = reason(error).replace(str(path), "this file")
+        raise ValueError(f"{path}: found a file that cannot be read ({why}), expected a {kind}: "
                          f"{', '.join(formats)}") from None
 
 
@@ -53,7 +57,7 @@ def find_photographs(path):
     if not os.path.isdir(path):
         return [path]
     found = sorted(entry.path for entry in os.scandir(path)
-                   if entry.name.lower().endswith(ENDINGS) and not entry.is_dir())
+                   if entry.name.lower().endswith(ENDINGS) and entry.is_file())
     if not found:
         raise FileNotFoundError(f"{path}: found no photographs, expected files ending in "
                                 f"{', '.join(ENDINGS)}")

@@ -9,7 +9,8 @@ import os
 
 import numpy as np
 
-from . import checkpoints, figures, metrics, training, weights
+from . import figures, metrics, training, weights
+from .files import replacing
 
 # {column of the table: (key in STAGE_val.npz, method of training.evaluate)}: a stage's own figures
 # under "confusion"; the other ones are of a CRF that has learned nothing, and of no CRF
@@ -31,9 +32,9 @@ def record(out, stage, entry, counts, ids):
     results = read_results(out)
     confusions = {key: counts[method]
                   for key, method in COLUMNS[stage].values() if method in counts}
-    with checkpoints.replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
+    with replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
         np.savez_compressed(file, ids=np.array(ids), **confusions)
-    with checkpoints.replacing(os.path.join(out, "results.json")) as file:
+    with replacing(os.path.join(out, "results.json")) as file:
         json.dump({**results, stage: entry}, file, indent=1)
 
 
@@ -47,11 +48,11 @@ def read_results(out):
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
         for entry in results.values():
-            entry["miou"], entry["iou"].keys()
+            _check(entry)
         return results
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: found no results ({error}), expected those of an earlier run; "
                          "move it away to start anew") from None
 
@@ -80,7 +81,7 @@ def table(out, also, data, truth):
     if train:
         text += f"\nTraining list, {len(data.train)} images\n" + figures.table(train, data.classes)
     text += "".join(notes)
-    with checkpoints.replacing(os.path.join(out, "table.txt"), "wb") as file:
+    with replacing(os.path.join(out, "table.txt"), "wb") as file:
         file.write(text.encode())
     return text
 
@@ -123,6 +124,18 @@ def panels(out, paths, data, truth, device):
     return written
 
 
+def _check(entry):
+    """Raises ValueError, KeyError, TypeError or AttributeError unless it is as `summary` gives."""
+    numbers = [entry["miou"], *entry["iou"].values()]
+    if "band" in entry:
+        numbers += [entry["band"], entry["miou_band"]]
+    if not all(x is None or 0 <= x <= 1e6 for x in numbers):
+        raise ValueError("no percentages")
+    for other in entry.values():
+        if isinstance(other, dict) and other is not entry["iou"]:
+            _check(other)
+
+
 def _percentages(confusion, band_confusion, classes, band):
     """Percent, None for classes absent from the truth; confusions (L, L) of a whole list."""
     def finite(x):
@@ -162,7 +175,12 @@ def _columns(out, also, data, truth):
 def _read_confusions(out, stage):
     """The arrays of STAGE_val.npz; {} where there is none."""
     path = os.path.join(out, f"{stage}_val.npz")
-    return weights.read_npz(path) if os.path.exists(path) else {}
+    read = weights.read_npz(path) if os.path.exists(path) else {}
+    if read and not ({"ids", "confusion"} <= read.keys() and read["ids"].ndim == 1
+                     and read["confusion"].ndim == 3):
+        raise ValueError(f"{path}: found {', '.join(read)}, expected the ids and confusion of an "
+                         "evaluation; move it away and evaluate anew")
+    return read
 
 
 def _same_images(read, data, truth):

@@ -33,7 +33,7 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
     about = (f"drawn by minicrf, drawing {DRAWING}: {n_train} + {n_val} images, seed {seed}, "
              f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}\n")
     marker = directory / "toy.txt"
-    if marker.is_file() and marker.read_text() == about:
+    if marker.is_file() and marker.read_bytes() == about.encode():
         return directory
     if directory.exists() and not marker.is_file():
         raise FileExistsError(f"{directory}: found files that are not a drawn set, "

@@ -194,12 +194,14 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
     batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve, on the
     validation images that `images` tells, such as "20/110".
     out: folder of log.csv, curves.png, STAGE.npz, the last state, and STAGE_best.npz, that of the
-    best mean IoU seen.  info: dict kept in checkpoints, "seed" among it; sets "iteration", "best".
+    best mean IoU seen; STAGE.npz of an earlier run becomes STAGE_previous.npz.
+    info: dict kept in checkpoints, "seed" among it; sets "iteration", "best".
     drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
     iteration, saves, and returns False.  Raises FloatingPointError where a step cannot be computed
     or its loss is not finite, with one line.
     """
     path = os.path.join(out, stage)
+    earlier = start == 0 and os.path.exists(f"{path}.npz")
     log = Log(os.path.join(out, "log.csv"), model, stage, start)
     progress = Progress(stage, start, iterations, batch_size)
     stop = []
@@ -226,6 +228,9 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
             progress.update(iteration, loss, note)
             info["iteration"] = iteration
             if miou or stop:
+                if earlier:
+                    os.replace(f"{path}.npz", f"{path}_previous.npz")
+                    earlier = False
                 if curve.get("miou", -1) > info.get("best", -1):
                     # the best state first: killed in between, a resumed run writes it again
                     info["best"] = curve["miou"]

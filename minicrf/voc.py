@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .files import replacing
 from .losses import VOID
-from .pictures import MAX_PIXELS, open_picture
+from .pictures import open_picture
 from .weights import read_mat
 
 CLASS_NAMES = (
@@ -26,6 +27,7 @@ CLASS_NAMES = (
     "train", "tvmonitor")
 
 LISTS = "ImageSets/Segmentation"
+MAX_PIXELS = 2**22        # of a training image: VOC's have 2^18, and the CRF a variable for each
 
 
 def palette(n):
@@ -79,7 +81,10 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     Raises FileNotFoundError or ValueError, naming the file, for anything that cannot be right.
     """
     image_path, label_path = _paths(root, image_id, sbd)
-    image = np.array(_open(image_path).convert("RGB"))
+    picture = _open(image_path)
+    if picture.mode not in ("RGB", "L", "P", "CMYK"):       # 16 bits or transparent: not by guess
+        raise ValueError(f"{image_path}: found a picture of mode {picture.mode}, expected RGB")
+    image = np.array(picture.convert("RGB"))
     labels = _read_mat(label_path) if label_path.suffix == ".mat" else _read_png(label_path)
     if image.shape[:2] != labels.shape:
         (h, w), (lh, lw) = image.shape[:2], labels.shape
@@ -179,8 +184,8 @@ def save_labels(path, labels):
     """Write labels (H, W) uint8 as a palette PNG in VOC's colours; beside, then renamed."""
     picture = Image.fromarray(labels)                                    # mode L
     picture.putpalette(palette(256).tobytes())                           # mode P, values kept
-    picture.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path, "wb") as file:
+        picture.save(file, format="PNG")
 
 
 # What follows finds and reads single files.
@@ -292,7 +297,7 @@ def _paths(root, image_id, sbd):
 
 def _open(path):
     """A decoded Pillow image, not turned: labels go with the pixels as they are stored."""
-    return open_picture(path, "whole picture", ("JPEG", "PNG"), upright=False)
+    return open_picture(path, "whole picture", ("JPEG", "PNG"), MAX_PIXELS, upright=False)
 
 
 def _read_png(path):

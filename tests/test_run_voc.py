@@ -113,6 +113,75 @@ def test_resume_refuses_another_training_list(trained, toy_set, tmp_path, capsys
     assert_one_line(capsys, "unary.npz: found a run with training list (its checksum)")
 
 
+@pytest.mark.parametrize("options", ["--stage unary --weights unary_best.npz",
+                                     "--stage joint --weights joint_best.npz",
+                                     "--stage joint --weights joint.npz", "--weights joint.npz"])
+def test_a_run_does_not_overwrite_what_it_starts_from(trained, toy_set, tmp_path, capsys, options):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    *options, name = options.split()
+    before = (tmp_path / name).read_bytes()
+    assert run_voc.main(["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST,
+                         *options, str(tmp_path / name)]) == 2
+    assert_one_line(capsys, f"--weights: found {tmp_path / name}, which this run would overwrite")
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_an_earlier_runs_checkpoint_is_kept(trained, toy_set, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert run_voc.main(["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST,
+                         "--stage", "unary", "--seed", "1"]) == 0
+    kept = (tmp_path / "unary_previous.npz").read_bytes()
+    assert kept == (trained / "unary.npz").read_bytes() != (tmp_path / "unary.npz").read_bytes()
+    assert "unary.npz: found that of an earlier run; it will be kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("log.csv", "stage,iteration,loss\nunary,1,0.5\n", "log.csv: not a readable log"),
+    ("log.csv", "stage,iteration,loss,miou,images\nunary,1,0.5,inf,\n", "log.csv: not a readable"),
+    ("log.csv", "stage,iteration,loss,miou,images\nunary,1,0.5,abc,\n", "log.csv: not a readable"),
+    ("results.json", "[" * 100000, "results.json: found no results"),
+    ("results.json", '{"unary": {"miou": "x", "iou": {}}}', "results.json: found no results"),
+    ("results.json", '{"unary": {"miou": 1, "iou": {}, "band": 5}}', "results.json: found no res"),
+    ("results.json", '{"unary": {"miou": 1, "iou": {}, "train": {}}}', "results.json: found no r")])
+def test_damaged_files_in_out_are_named_before_anything_is_done(trained, toy_set, tmp_path, capsys,
+                                                                name, content, words):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(content)
+    before = (tmp_path / "unary.npz").read_bytes()
+    for stage in ("unary", "eval"):
+        assert run_voc.main(["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST,
+                             "--stage", stage]) == 2
+        assert_one_line(capsys, words)
+    assert (tmp_path / "unary.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [{"settings": "none"}, {"fresh": None}, {"fresh": ["fc9"]},
+                                     {"best": "x"}, {"iteration": -3}, {"classes": [1]}])
+def test_resume_refuses_a_checkpoint_whose_info_makes_no_sense(trained, toy_set, tmp_path, capsys,
+                                                               changed):
+    arrays, info = checkpoints.read(trained / "unary.npz")
+    arrays["info"] = np.array(json.dumps(info | changed))
+    np.savez(tmp_path / "unary.npz", **arrays)
+    assert run_voc.main(["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST,
+                         "--stage", "unary", "--resume"]) == 2
+    assert_one_line(capsys, f"{tmp_path / 'unary.npz'}: found ")
+
+
+def test_a_checkpoint_under_another_stages_name_is_refused(trained, toy_set, tmp_path, capsys):
+    shutil.copy(trained / "joint.npz", tmp_path / "piecewise.npz")
+    assert run_voc.main(["--voc", str(toy_set), "--out", str(tmp_path), "--stage", "eval"]) == 2
+    assert_one_line(capsys, "piecewise.npz: found a checkpoint of stage joint, expected piecewise")
+
+
+def test_an_image_in_both_lists_is_refused(toy_set, tmp_path, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(toy_set, root)
+    with open(root / voc.LISTS / "train.txt", "a") as file:
+        file.write("val_0000\n")
+    assert run_voc.main(["--voc", str(root), "--net", "tiny", "--out", str(tmp_path), *FAST]) == 2
+    assert_one_line(capsys, f"{root}: found val_0000 in both train.txt and val.txt")
+
+
 def test_joint_does_not_go_on_from_another_unary_network(trained, toy_set, tmp_path, capsys):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     options = ["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *FAST]

@@ -160,7 +160,8 @@ def run(toy_set, out, iterations, start_from=None, stop_at=None, stage="joint"):
                         iterations=iterations, batch_size=2, evaluate_every=1)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(toy_set, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(toy_set, tmp_path, monkeypatch):
+    monkeypatch.setitem(vgg.PRESETS["tiny"], "dropout", 0.5)
     assert run(toy_set, tmp_path / "whole", 3)
     assert not run(toy_set, tmp_path / "parts", 3, stop_at=2)            # Ctrl-C in iteration 2
     checkpoint = str(tmp_path / "parts" / "joint.npz")
@@ -175,6 +176,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(toy_set, tmp_path)
         for one, other in zip(csv.DictReader(a), csv.DictReader(b), strict=True):
             one.pop("miou"), other.pop("miou"), one.pop("miou_unary"), other.pop("miou_unary")
             assert one == other
+
+
+def test_dropout_masks_are_named_by_seed_iteration_and_first_image(monkeypatch):
+    """So that a resumed run draws the same ones, and no two steps or micro-batches do."""
+    model, masks = small_model(), []
+    monkeypatch.setattr(training, "seed_dropout", lambda net, *seed: masks.append(seed))
+    optimiser = training.optimizer(model, "joint", [])
+    for iteration in (5, 6):
+        training.train_step(model, optimiser, batch(model, 3), 7, iteration, micro_batch=2)
+    assert masks == [(7, 5, 0), (7, 5, 2), (7, 6, 0), (7, 6, 2)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_set, tmp_path,

@@ -216,6 +216,15 @@ def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root, mon
     assert len(threads) >= 4 and threading.main_thread() not in threads
 
 
+def test_photographs_of_16_bits_or_with_transparency_are_refused(root):
+    for mode in ("I;16", "RGBA"):
+        shape = (10, 12, 4) if mode == "RGBA" else (10, 12)
+        dtype = np.uint8 if mode == "RGBA" else np.uint16
+        Image.fromarray(np.zeros(shape, dtype)).save(root / "JPEGImages" / "a_1.jpg", format="PNG")
+        with pytest.raises(ValueError, match=f"a_1.jpg: found a picture of mode {mode}, expected"):
+            voc.load(root, "a_1")
+
+
 def test_what_goes_wrong_in_a_thread_is_raised(root):
     (root / "JPEGImages" / "a_2.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="a_2.jpg: found a file that cannot be read"):

@@ -378,7 +378,7 @@ def test_an_npz_bomb(tmp_path):
             file.writestr(f"{number}.npy", b"")
         for entry in file.filelist:
             entry.file_size = 2 ** 30
-    refused(tmp_path / "weights", str(5 * 2 ** 30), str(2 ** 32))
+    refused(tmp_path / "weights", str(5 * 2 ** 30), str(2 ** 31))
 
 
 def test_pickled_objects_are_not_executed(theirs, tmp_path):
