@@ -1,4 +1,5 @@
 """`python -m minicrf`: colours kept, errors in one line, OUT written whole or not at all."""
+import os
 import subprocess
 import sys
 
