@@ -163,14 +163,18 @@ class DenseCRF:
             for_each(update, blocks, dz)
         # forward: z^0 = f
         df += dz
+        self._add_parameter_gradients(kernels, forth, back, cross, product)
+        return df.reshape(self.logits.shape)                                 # (H, W, L)
 
+    def _add_parameter_gradients(self, kernels, forth, back, cross, product):
+        """The last part of `backward_logits`: from what w and sigma are linear in, into grads."""
         for m, (name, kernel) in enumerate(zip(self._sigma_names(), kernels)):
             dw = (forth[m] - kernel.self_weight * product).sum()
             dsigma = kernel.shape_gradient(forth[m] + back[m], cross[m], product)
+            xp = array_module(dsigma)
             dw, dsigma = np.split(to_host(xp.concatenate([dw[None], dsigma])), [1])
             self.grads["w"][m] += dw[0]
-            self.grads[name] += w[m] * dsigma
-        return df.reshape(self.logits.shape)                                 # (H, W, L)
+            self.grads[name] += self.params["w"][m] * dsigma
 
     def free_energy(self, q, scores, image):
         """KL(q || P) of marginals q (H, W, L), less the constant log Z: what mean field lowers.

@@ -45,13 +45,14 @@ BUGS = {
         "crf-self-forgotten": ("dq = -self_weight[rows]", "dq = 0"),
         "crf-softmax-skipped": ("dz[rows] = _through_softmax(dq, q[rows])", "dz[rows] = dq"),
         "crf-dw-one-step": ("forth[m, rows] +=", "forth[m, rows] ="),
+        "crf-dsigma-back-one-step": ("back[m, rows] +=", "back[m, rows] ="),
+        "crf-product-one-step": ("product[rows] +=", "product[rows] ="),
+        "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *")},
+    "densecrf.DenseCRF._add_parameter_gradients": {
         "crf-dw-self-forgotten": ("forth[m] - kernel.self_weight * product", "forth[m]"),
         "crf-dsigma-forth-dropped": ("forth[m] + back[m]", "back[m]"),
         "crf-dsigma-back-dropped": ("forth[m] + back[m]", "forth[m]"),
-        "crf-dsigma-back-one-step": ("back[m, rows] +=", "back[m, rows] ="),
-        "crf-product-one-step": ("product[rows] +=", "product[rows] ="),
-        "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *"),
-        "crf-dsigma-unweighted": ("w[m] * dsigma", "dsigma")},
+        "crf-dsigma-unweighted": ('self.params["w"][m] * dsigma', "dsigma")},
     "kernels.GaussianKernel.shape_gradient": {
         "kernel-cross-sign": ("- 2 * cross", "+ 2 * cross"),
         "kernel-n-dropped": ("gradient += (", "0 * ("),

@@ -176,8 +176,10 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     return loss
 
 
-def check_parameters(params):
+def check_step(loss, params):
     """Raises ValueError where a step left numbers that no next step and no checkpoint can use."""
+    if not np.isfinite(loss):
+        raise ValueError(f"found loss {loss}, expected a finite one")
     for key, p in params.items():
         if not np.isfinite(float(p.sum())):
             raise ValueError(f"found {key} not finite after the step, expected finite values")
@@ -213,9 +215,7 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
             try:
                 loss = float(train_step(model, optimiser, batch, info["seed"], iteration,
                                         micro_batch))
-                if not np.isfinite(loss):
-                    raise ValueError(f"found loss {loss}, expected a finite one")
-                check_parameters(optimiser.params)
+                check_step(loss, optimiser.params)
             except ValueError as error:                  # also from the CRF: its scores, its sigmas
                 raise FloatingPointError(
                     f"{stage}: iteration {iteration}: {error}; checkpoints written before are "

@@ -28,9 +28,12 @@ COVERED_BY = {
     "densecrf.DenseCRF.backward": (gradcheck.check_crf, "DenseCRF: dscores from dq"),
     "densecrf._through_softmax": CRF,
     "densecrf.DenseCRF.backward_logits": CRF,
+    "densecrf.DenseCRF._add_parameter_gradients": CRF,
     "kernels.GaussianKernel.shape_gradient": (gradcheck.check_crf, r"DenseCRF, .*: dlog_sigma"),
     "permutohedral.PermutohedralLattice.spread_transpose": (
         gradcheck.check_crf, "DenseCRF, lattice|PermutohedralLattice"),
+    "permutohedral.PermutohedralLattice.inner": (
+        gradcheck.check_crf, "PermutohedralLattice: inner"),
     "training.accumulate_gradients": (gradcheck.check_model, "joint training step"),
 }
 
