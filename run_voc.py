@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from minicrf import (DenseCRF, checkpoints, figures, logs, metrics, pictures, reports, toy,
-                     training, vgg, voc, weights)
+from minicrf import (DenseCRF, checkpoints, figures, loading, logs, metrics, pictures, reports,
+                     toy, training, vgg, voc, weights)
 from minicrf.__main__ import Parser
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 
@@ -194,7 +194,7 @@ class Data:
 
     def samples(self, ids, note=None):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
-        return tqdm(voc.ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
+        return tqdm(loading.ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
                     disable=None if note else True)
 
     def load(self, image_id):
@@ -293,7 +293,7 @@ def run_stage(args, data, stage, device):
         checkpoints.load_velocity(path, arrays, optimiser)
         print(f"{stage}: going on after iteration {start} of {args.iterations[stage]}")
 
-    batches = voc.batches(data.root, data.train, args.batch_size, args.seed,
+    batches = loading.batches(data.root, data.train, args.batch_size, args.seed,
                           model.net.input_size, model.mean, start * args.batch_size, data.sbd,
                           len(data.classes))
     shown = data.val[:args.evaluate_images]

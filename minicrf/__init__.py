@@ -15,9 +15,9 @@ Read the files in this order, each resting on those before it:
     optim           momentum SGD
     training        one step, two stages, evaluation                        Figs. 1 and 3
 
-The rest is plumbing: files, voc, toy, weights, checkpoints and pictures read and write; scores
-makes class scores of labels or probabilities; metrics counts; logs keeps the course of a run,
-figures draws it, reports sums it up; __main__ is the CRF on the command line.  README.md, "The
+The rest is plumbing: files, voc, loading, toy, weights, checkpoints and pictures read and write;
+scores makes class scores of labels or probabilities; metrics counts; logs keeps the course of a
+run, figures draws it, reports sums it up; __main__ is the CRF on the command line.  README.md, "The
 lesson", derives the mathematics, starting with the CRF.
 """
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 
-from . import checkpoints, figures, metrics, vgg, voc
+from . import checkpoints, figures, loading, metrics, vgg
 from .arrays import array_module, to_device, to_host
 from .logs import Log, Progress, read_log
 from .losses import softmax_loss
@@ -36,7 +36,7 @@ class Model:
 
     def resized(self, image):
         """A photograph (H, W, 3) uint8 of any size -> (3, S, S) float32: BGR minus mean."""
-        return voc.network_input(image, self.net.input_size, self.mean)
+        return loading.network_input(image, self.net.input_size, self.mean)
 
     def inputs(self, resized):
         """B resized photographs, each (3, S, S) -> network input (B, 3, S, S) on the device."""
@@ -80,7 +80,7 @@ def load_model(path, classes=None, device="cpu"):
 def accumulate_gradients(model, batch, share, train_net=True):
     """Forward and backward for one batch: adds into all gradients, returns the loss.
 
-    batch: list of (image (H, W, 3), labels (H, W), the image resized (3, S, S)), as voc.batches
+    batch: list of (image (H, W, 3), labels (H, W), the image resized (3, S, S)), as loading.batches
     gives; share: 1 / images in the whole batch, of which this may be a part.  The loss is a 0-d
     array on the device: nothing waits for it here.
     Paper, Fig. 3: network, upsampling, mean field; then back through all three.
@@ -193,8 +193,8 @@ def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterati
         micro_batch=None, drop=0.75, evaluate_every=50, images=""):
     """Train one stage from iteration `start` to `iterations`; True when it got there.
 
-    batches: endless, as voc.batches; validate(): percent mean IoU by method, for the curve, on the
-    validation images that `images` tells, such as "20/110".
+    batches: endless, as loading.batches; validate(): percent mean IoU by method, for the curve, on
+    the validation images that `images` tells, such as "20/110".
     out: folder of log.csv, curves.png, STAGE.npz, the last state, and STAGE_best.npz, that of the
     best mean IoU seen; STAGE.npz of an earlier run becomes STAGE_previous.npz.
     info: dict kept in checkpoints, "seed" among it; sets "iteration", "best".

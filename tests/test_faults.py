@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 
 import run_voc
-from minicrf import (arrays, checkpoints, densecrf, files, logs, toy, training, vgg, voc,
-                     weights)
+from minicrf import (arrays, checkpoints, densecrf, files, loading, logs, toy, training, vgg,
+                     voc, weights)
 from minicrf.densecrf import DenseCRF
 from minicrf.kernels import GaussianKernel
 from minicrf.losses import VOID, softmax
@@ -646,7 +646,7 @@ def test_weights_of_0_leave_the_unary_scores_and_can_grow_again(tmp_path):
 
 def test_out_of_memory_names_the_batch_and_the_smaller_setting_to_try(toy_set, tmp_path,
                                                                       monkeypatch, capsys):
-    monkeypatch.setattr(voc, "network_input", lambda *_: np.empty(2 ** 60, np.uint8))
+    monkeypatch.setattr(loading, "network_input", lambda *_: np.empty(2 ** 60, np.uint8))
     assert run_voc.main(options(toy_set, tmp_path)) == 2
     one_line(capsys.readouterr().err, "too little memory for 2 images", "try --micro-batch 1")
 
@@ -695,7 +695,7 @@ else:
         return {"unary": 1.0}
     count, out, stage = itertools.count(1), sys.argv[4], sys.argv[3]
     t.toy.draw(out + "/set")
-    batches = t.voc.batches(out + "/set", t.voc.image_list(out + "/set", "train"), 16, 0, 98,
+    batches = t.loading.batches(out + "/set", t.voc.image_list(out + "/set", "train"), 16, 0, 98,
                             (0, 0, 0), n_classes=6)
     crf = t.DenseCRF(6) if stage == "joint" else None
     model = t.training.Model(t.vgg.build("tiny", 6), (0, 0, 0), crf, scale=60)
@@ -728,7 +728,7 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         monkeypatch.setattr(arrays, "SMALL", 0 if threads > 1 else 2 ** 60)
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
-        batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0,
+        batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0,
                               model.net.input_size, model.mean, n_classes=6, threads=threads)
         losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
                   for i in (1, 2, 3)]

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from minicrf import DenseCRF, checkpoints, toy, training, vgg, voc
+from minicrf import DenseCRF, checkpoints, loading, toy, training, vgg, voc
 from minicrf.gradcheck import relative_error
 from minicrf.losses import VOID
 
@@ -154,7 +154,7 @@ def run(toy_set, out, iterations, start_from=None, stop_at=None, stage="joint"):
             os.kill(os.getpid(), 2)
         return {"unary": 10.0 + len(calls), "crf": 20.0 + len(calls)}
 
-    batches = voc.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, model.net.input_size,
+    batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, model.net.input_size,
                           model.mean, 2 * start, n_classes=len(classes))
     return training.fit(model, stage, optimiser, batches, validate, out, info, start=start,
                         iterations=iterations, batch_size=2, evaluate_every=1)

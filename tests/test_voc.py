@@ -12,7 +12,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from minicrf import voc
+from minicrf import loading, voc
 
 TRAIN, VAL = ["a_1", "a_2", "a_3"], ["b_1", "b_2"]
 NET = {"size": 20, "mean": (1, 2, 3)}    # of what batches are resized for
@@ -157,7 +157,7 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
 def test_network_input_is_bgr_minus_mean_and_square():
     image = np.zeros((6, 9, 3), np.uint8)
     image[:, 3:6] = (10, 20, 30)                                  # RGB
-    x = voc.network_input(image, 12, (1.0, 2.0, 3.0))
+    x = loading.network_input(image, 12, (1.0, 2.0, 3.0))
     assert x.shape == (3, 12, 12) and x.dtype == np.float32 and x.flags.c_contiguous
     assert np.allclose(x[:, 5, 5:7], [[29, 29], [18, 18], [7, 7]])      # middle third stays middle
     assert np.allclose(x[:, :, [0, 11]].mean(axis=1), [[-1, -1], [-2, -2], [-3, -3]])
@@ -168,20 +168,20 @@ def same(one, other):
 
 
 def test_epochs_draw_every_image_once_and_differ():
-    drawn = list(itertools.islice(voc.draws(10, seed=4), 40))
+    drawn = list(itertools.islice(loading.draws(10, seed=4), 40))
     epochs = [drawn[i:i + 10] for i in range(0, 40, 10)]
     assert all(sorted(index for index, _ in epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(index for index, _ in epoch) for epoch in epochs}) == 4
     assert 8 < sum(mirrored for _, mirrored in drawn) < 32
-    assert drawn != list(itertools.islice(voc.draws(10, seed=5), 40))
+    assert drawn != list(itertools.islice(loading.draws(10, seed=5), 40))
     for start in (0, 3, 10, 19, 33):
-        assert list(itertools.islice(voc.draws(10, 4, start), 7)) == drawn[start:start + 7]
+        assert list(itertools.islice(loading.draws(10, 4, start), 7)) == drawn[start:start + 7]
 
 
 def test_batches_resume_exactly_with_any_number_of_threads(root):
-    whole = list(itertools.islice(voc.batches(root, TRAIN, 2, seed=1, **NET), 6))
+    whole = list(itertools.islice(loading.batches(root, TRAIN, 2, seed=1, **NET), 6))
     for start, threads in ((0, 1), (2, 4), (8, 2)):
-        again = voc.batches(root, TRAIN, 2, seed=1, start=start, threads=threads, **NET)
+        again = loading.batches(root, TRAIN, 2, seed=1, start=start, threads=threads, **NET)
         assert all(same(next(again), batch) for batch in whole[start // 2:])
         again.close()
 
@@ -189,8 +189,8 @@ def test_batches_resume_exactly_with_any_number_of_threads(root):
 def test_mirroring_turns_image_and_labels_together(root):
     image, labels = voc.load(root, "a_1")
     seen = set()
-    for [(x, y, small)] in itertools.islice(voc.batches(root, ["a_1"], 1, seed=0, **NET), 12):
-        assert (small == voc.network_input(x, **NET)).all()
+    for [(x, y, small)] in itertools.islice(loading.batches(root, ["a_1"], 1, seed=0, **NET), 12):
+        assert (small == loading.network_input(x, **NET)).all()
         assert (x[:, :, 0] == y).all()
         mirrored = not (y == labels).all()
         assert same([(x, y)], [(image[:, ::-1], labels[:, ::-1])]) == mirrored
@@ -199,14 +199,14 @@ def test_mirroring_turns_image_and_labels_together(root):
 
 
 def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root, monkeypatch):
-    threads, real = [], voc.network_input
+    threads, real = [], loading.network_input
 
     def network_input(*arguments):
         threads.append(threading.current_thread())
         return real(*arguments)
 
-    monkeypatch.setattr(voc, "network_input", network_input)
-    batches = voc.batches(root, TRAIN, 2, seed=0, **NET)
+    monkeypatch.setattr(loading, "network_input", network_input)
+    batches = loading.batches(root, TRAIN, 2, seed=0, **NET)
     next(batches)
     for _ in range(500):                     # nobody asks for more: still two batches get ready
         if len(threads) >= 4:
@@ -228,10 +228,10 @@ def test_photographs_of_16_bits_or_with_transparency_are_refused(root):
 def test_what_goes_wrong_in_a_thread_is_raised(root):
     (root / "JPEGImages" / "a_2.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="a_2.jpg: found a file that cannot be read"):
-        for _ in itertools.islice(voc.batches(root, TRAIN, 2, seed=0, **NET), 4):
+        for _ in itertools.islice(loading.batches(root, TRAIN, 2, seed=0, **NET), 4):
             pass
     with pytest.raises(ValueError, match="found 0 images for batches of 2"):
-        next(voc.batches(root, [], 2, seed=0, **NET))
+        next(loading.batches(root, [], 2, seed=0, **NET))
 
 
 def test_half_unpacked_folders_are_named(root, tmp_path):
@@ -427,7 +427,7 @@ def use(root):
         ids = voc.image_list(root, split)
         for image_id in ids:
             voc.load(root, image_id, n_classes=n_classes)
-        batches = voc.batches(root, ids, 2, seed=0, **NET)
+        batches = loading.batches(root, ids, 2, seed=0, **NET)
         next(batches)
         batches.close()
 
