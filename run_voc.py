@@ -145,6 +145,12 @@ def parse_arguments(arguments=None):
     return args
 
 
+def stages(args):
+    """The stages to train, in order; none for eval and predict."""
+    return [stage for stage in ([args.stage] if args.stage else ["unary", "joint"])
+            if stage in training.STAGES]
+
+
 def check_options(args):
     """Refuse what makes no sense together, before anything is done or written."""
     if args.device == "gpu" and not gpu_available():
@@ -169,14 +175,12 @@ def check_options(args):
                       "into") from None
     logs.read_log(os.path.join(args.out, "log.csv"))         # what is wrong there is said now
     reports.read_results(args.out)
-    stages = {None: ("unary", "joint")}.get(args.stage, (args.stage,))
-    for name in [f"{stage}{kind}.npz" for stage in stages for kind in ("", "_best", "_previous")]:
-        path = os.path.join(args.out, name)
-        if (args.weights and not args.resume and args.stage not in ("eval", "predict")
-                and os.path.exists(path) and os.path.realpath(path) == os.path.realpath(
-                    args.weights)):
-            raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
-                             "expected another --out, or --resume to go on")
+    written = [os.path.join(args.out, f"{stage}{kind}.npz") for stage in stages(args)
+               for kind in ("", "_best", "_previous")]
+    if args.weights and not args.resume and os.path.realpath(args.weights) in map(
+            os.path.realpath, written):
+        raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
+                         "expected another --out, or --resume to go on")
 
 
 class Data:
@@ -448,7 +452,7 @@ def run(args):
     if args.stage == "eval":
         paths, truth = evaluate_checkpoints(args, data, device)
     else:
-        for stage in [args.stage] if args.stage else ["unary", "joint"]:
+        for stage in stages(args):
             model = run_stage(args, data, stage, device)
             if model is None:
                 return 130

@@ -13,7 +13,7 @@ from .densecrf import DenseCRF
 from .files import replacing
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
-CRF = {"crf_w": [(2,)], "crf_log_sigma_position": [(2,)], "crf_log_sigma_bilateral": [(5,)]}
+CRF = {"crf_w": (2,), "crf_log_sigma_position": (2,), "crf_log_sigma_bilateral": (5,)}
 
 
 def save(path, model, info, optimiser=None):
@@ -76,11 +76,11 @@ def load_crf(path, arrays, info):
     """
     if "crf_w" not in arrays:
         return None
-    for key, sizes in CRF.items():
+    for key, shape in CRF.items():
         p = arrays.get(key, np.zeros(0, np.int8))
-        if p.dtype != np.float64 or p.shape not in sizes or not abs(p).max() < 1e30:
+        if p.dtype != np.float64 or p.shape != shape or not abs(p).max() < 1e30:
             raise ValueError(f"{path}: {key}: found {p.dtype} of shape {p.shape}, expected finite "
-                             f"float64 of shape {sizes[0]}")
+                             f"float64 of shape {shape}")
     sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
               for kernel in ("position", "bilateral")}
     try:
