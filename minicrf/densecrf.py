@@ -70,19 +70,21 @@ class DenseCRF:
         self._position_kernels = OrderedDict()
         self._saved = None
 
-    def forward(self, scores, image, train=True):
+    def forward(self, scores, image, train=True, kernels=None):
         """Marginals q (H, W, L) of scores f (H, W, L) on an image (H, W, C): Eq. 5.
 
         scores: float32 or float64, larger is likelier; -inf forbids a label.
         image: uint8 or float, channels in the order of sigma_bilateral; RGB 0-255 for the defaults.
         train: keep what backward needs.  False saves memory and gives the same result.
+        kernels: self.kernels(image, scores.dtype), where they were built ahead.
         Raises ValueError for NaN or +inf, a pixel with every label forbidden, or shapes that
         disagree.  Neither array is written to.
         """
         xp = array_module(scores)
         _check(scores, image, self.n_labels)
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
-        kernels = self._kernels(f, scores.shape[:2], image)
+        if kernels is None:
+            kernels = self.kernels(xp.asarray(image), f.dtype)
         w = [float(w_m) for w_m in self.params["w"]]
         self_weight = _self_weight(w, kernels, f)                            # (N, 1)
         blocks = _blocks(f)
@@ -190,10 +192,44 @@ class DenseCRF:
         possible = q > 0                                                     # 0 log 0 = 0
         log_q, f_q = xp.log(xp.where(possible, q, 1)), xp.where(possible, f, 0)
         energy = (q * (log_q - f_q)).sum(dtype=np.float64)
-        for w_m, kernel in zip(self.params["w"], self._kernels(f, scores.shape[:2], image)):
+        for w_m, kernel in zip(self.params["w"], self.kernels(xp.asarray(image), f.dtype)):
             Kq = kernel.K_hat.filter(q) - kernel.diagonal[:, None] * q
             energy = energy - w_m / 2 * (q * Kq).sum(dtype=np.float64)
         return float(energy)
+
+    def kernels(self, image, dtype):
+        """The GaussianKernels of an image (H, W, C), in the order of w: all of `forward` that does
+        not depend on the scores, so that another thread may do it ahead.
+        """
+        xp = array_module(image)
+        if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
+            raise ValueError("image: found NaN or infinite values, expected finite ones")
+        shape = image.shape[:2]
+        y, x = xp.meshgrid(*(xp.arange(n, dtype=dtype) for n in shape), indexing="ij")
+        position = xp.stack([x.ravel(), y.ravel()])                          # (2, N)
+        options = self.normalization, self.exclude_self, self.exact
+        names = self._sigma_names()
+        with np.errstate(over="ignore"):     # learning gone astray: the filter refuses it
+            sigmas = [np.exp(self.params[name]) for name in names]
+
+        def position_kernel(sigma):
+            key = shape, sigma.tobytes(), options, position.dtype.char, xp.__name__
+            if key not in self._position_kernels:
+                self._position_kernels[key] = GaussianKernel(position, sigma, *options)
+            self._position_kernels.move_to_end(key)
+            while len(self._position_kernels) > CACHED_KERNELS:
+                self._position_kernels.popitem(last=False)
+            return self._position_kernels[key]
+
+        def bilateral_kernel(sigma):
+            colour = image.astype(dtype).reshape(position.shape[1], -1).T           # (C, N)
+            if len(sigma) != 2 + len(colour):
+                raise ValueError(f"image: found {len(colour)} channels, expected "
+                                 f"{len(sigma) - 2} for sigma_bilateral of length {len(sigma)}")
+            return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
+
+        build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
+        return for_each(lambda each: build[each[0]](each[1]), [*zip(names, sigmas)], position)
 
     def _sigma_names(self):
         return [name for name in self.params if name != "w"]
@@ -202,34 +238,6 @@ class DenseCRF:
         if self._saved is None:
             raise ValueError("backward: found no forward pass with train=True before it")
         return self._saved
-
-    def _kernels(self, f, shape, image):
-        """The GaussianKernels of an image, in the order of w and in the dtype of f."""
-        xp = array_module(f)
-        y, x = xp.meshgrid(*(xp.arange(n, dtype=f.dtype) for n in shape), indexing="ij")
-        position = xp.stack([x.ravel(), y.ravel()])                          # (2, N)
-        options = self.normalization, self.exclude_self, self.exact
-
-        def position_kernel():
-            sigma = np.exp(self.params["log_sigma_position"])
-            key = shape, sigma.tobytes(), options, f.dtype.char, xp.__name__
-            if key not in self._position_kernels:
-                self._position_kernels[key] = GaussianKernel(position, sigma, *options)
-            self._position_kernels.move_to_end(key)
-            while len(self._position_kernels) > CACHED_KERNELS:
-                self._position_kernels.popitem(last=False)
-            return self._position_kernels[key]
-
-        def bilateral_kernel():
-            sigma = np.exp(self.params["log_sigma_bilateral"])
-            colour = xp.asarray(image).astype(f.dtype).reshape(position.shape[1], -1).T     # (C, N)
-            if len(sigma) != 2 + len(colour):
-                raise ValueError(f"image: found {len(colour)} channels, expected "
-                                 f"{len(sigma) - 2} for sigma_bilateral of length {len(sigma)}")
-            return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
-
-        build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
-        return for_each(lambda name: build[name](), self._sigma_names(), f)
 
 
 def _check(scores, image, n_labels):
@@ -240,12 +248,11 @@ def _check(scores, image, n_labels):
     if image.ndim != 3 or image.shape[:2] != scores.shape[:2]:
         raise ValueError(f"image: found shape {image.shape}, "
                          f"expected (H, W, C) with the H and W of the scores, {scores.shape}")
-    forbidden = bool(scores.min() == -np.inf)
-    best = scores.max(axis=2) if forbidden else scores.max()       # the latter is ten times faster
+    # NumPy finds one maximum ten times faster than one a pixel; a GPU should be asked but once
+    per_pixel = array_module(scores) is not np or scores.min() == -np.inf
+    best = scores.max(axis=2) if per_pixel else scores.max()
     if not bool((abs(best) < np.inf).all()):     # NaN compares as false
         raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
-    if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
-        raise ValueError("image: found NaN or infinite values, expected finite ones")
 
 
 def _self_weight(w, kernels, values):

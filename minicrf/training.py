@@ -6,6 +6,7 @@ Legend: B images in a batch, L labels, h x w score cells, H x W original pixels,
 """
 import os
 import signal
+from itertools import repeat
 
 import numpy as np
 
@@ -89,13 +90,16 @@ def accumulate_gradients(model, batch, share, train_net=True):
     net, crf = model.net, model.crf
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
+    images = [to_device(image, model.device) for image in images]
+    if crf is not None:                      # building lattices waits for the GPU: let a thread wait
+        kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), threads=1, depth=2)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
         y = to_device(truth.reshape(-1), model.device)                   # (N,)
         f = net.upsample.forward(scores[i], truth.shape, train=True)     # (H, W, L)
         z = f
         if crf is not None:
-            crf.forward(f, to_device(image, model.device))
+            crf.forward(f, image, kernels=next(kernels))
             z = crf.logits                                               # (H, W, L)
         loss, dz = softmax_loss(z.reshape(-1, z.shape[-1]), y)           # (N, L)
         total += share * loss

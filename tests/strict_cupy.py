@@ -3,10 +3,12 @@
 It refuses what CuPy refuses: implicit conversion, NumPy arrays among its own, names and keywords
 that CuPy lacks.  It also refuses what CuPy does silently and slowly: NumPy arrays and lists as
 indices or values, NumPy's functions on its arrays.  `counts`: how often the host would have waited
-for the device ("wait"), sent data there ("send"), and sorted a sparse matrix there ("sort").
+for the device ("wait"; a thread other than the main one: "wait aside"), sent data there ("send"),
+and sorted a sparse matrix there ("sort").
 """
 import collections
 import operator
+import threading
 import types
 
 import numpy as np
@@ -29,7 +31,12 @@ KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "minlength"
             "return_inverse"}
 # functions that read sizes back from the device
 WAITING = {"bincount": 2, "flatnonzero": 1, "unique": 1}
+MAIN = threading.main_thread()
 SCALARS = bool, int, float, complex, np.generic
+
+
+def _wait(times):
+    counts["wait" if threading.current_thread() is MAIN else "wait aside"] += times
 
 
 class ndarray:
@@ -77,11 +84,11 @@ class ndarray:
 
     # What follows waits for the device.
     def get(self):
-        counts["wait"] += 1
+        _wait(1)
         return self._host.copy()
 
     def item(self):
-        counts["wait"] += 1
+        _wait(1)
         return self._host.item()
 
     def tolist(self):
@@ -127,7 +134,7 @@ def _index(index):
     masks = [p for p in parts if isinstance(p, ndarray) and p.dtype == bool]
     if len(masks) > 1:
         raise IndexError("CuPy supports one boolean array in an index")
-    counts["wait"] += len(masks)             # CuPy counts the trues, even to store a scalar
+    _wait(len(masks))                        # CuPy counts the trues, even to store a scalar
     basic = type(None), type(Ellipsis), slice, int, np.integer
     parts = tuple(p if isinstance(p, basic) else _operand(p) for p in parts)
     return parts if isinstance(index, tuple) else parts[0]
@@ -144,7 +151,7 @@ def _function(name):
         if name == "meshgrid" or name in ("stack", "concatenate"):
             if not all(isinstance(x, ndarray) for x in (args if name == "meshgrid" else args[0])):
                 raise TypeError(f"{name}: expected device arrays")
-        counts["wait"] += WAITING.get(name, 0)
+        _wait(WAITING.get(name, 0))
         result = getattr(np, name)(*map(_argument, args),
                                    **{key: _argument(x) for key, x in kwargs.items()})
         return kwargs["out"] if kwargs.get("out") is not None else _wrap(result)
@@ -254,7 +261,7 @@ class csr_matrix:
     @property
     def has_canonical_format(self):
         if self._canonical is None:
-            counts["wait"] += 1
+            _wait(1)
             self._canonical = bool(self._host().has_canonical_format)
         return self._canonical
 

@@ -203,6 +203,15 @@ def test_inference_keeps_nothing_and_gives_the_same():
         crf.backward(scores)
 
 
+def test_kernels_may_be_built_ahead(monkeypatch):
+    scores, image, _ = example()
+    crf = DenseCRF(L)
+    expected = crf.forward(scores, image)
+    ahead = crf.kernels(image, scores.dtype)
+    monkeypatch.setattr(densecrf, "GaussianKernel", None)              # none built now
+    np.testing.assert_array_equal(crf.forward(scores, image, kernels=ahead), expected)
+
+
 def test_position_kernels_are_reused_but_only_a_few_kept(monkeypatch):
     built = []
     kernel = densecrf.GaussianKernel
