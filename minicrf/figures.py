@@ -4,11 +4,11 @@ Legend: H x W pixels, L labels; labels (H, W) are 0..L-1 or VOID; IoU in percent
 """
 import itertools
 import math
-import os
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from PIL.ImageFont import load_default as font
 
 from . import pictures
 from .files import replacing
@@ -51,20 +51,20 @@ def panel(path, rows, names, title, width=260):
     canvas = Image.new("RGB", (gap + len(columns) * (width + gap),
                                head + sum(heights) + len(rows) * 2 * (line + gap)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 8), title, INK, _font(20))
+    draw.text((gap, 8), title, INK, font(20))
     for column, left in lefts.items():
-        draw.text((left + width / 2, head - 8), column, INK, _font(18), "ms")
+        draw.text((left + width / 2, head - 8), column, INK, font(18), "ms")
     top = head
     for row, height in zip(rows, heights):
         photograph = Image.fromarray(row["image"]).resize((width, height), Image.Resampling.BICUBIC)
         canvas.paste(photograph, (lefts["image"], top))
-        draw.text((lefts["image"] + width / 2, top + height + 4), row["name"], INK, _font(16), "ma")
+        draw.text((lefts["image"] + width / 2, top + height + 4), row["name"], INK, font(16), "ma")
         shown = {"truth": (row["labels"], None), **row["predictions"]}
         for column, (labels, score) in shown.items():
             picture = overlay(np.array(photograph), pictures.enlarge(labels, (height, width)))
             canvas.paste(Image.fromarray(picture), (lefts[column], top))
             caption = "" if score is None else f"mean IoU {score:.1f}%"
-            draw.text((lefts[column] + width / 2, top + height + 4), caption, INK, _font(16), "ma")
+            draw.text((lefts[column] + width / 2, top + height + 4), caption, INK, font(16), "ma")
         _legend(draw, gap, top + height + line + 4, [labels for labels, _ in shown.values()], names)
         top += height + 2 * (line + gap)
     save(canvas, path)
@@ -72,20 +72,20 @@ def panel(path, rows, names, title, width=260):
 
 def _legend(draw, left, top, shown, names):
     """One line: swatch and name of each class in the label pictures `shown`, largest first."""
-    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]), minlength=256)
+    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]))
     present = sorted(np.flatnonzero(counts), key=lambda label: (label == VOID, -counts[label]))
     for number, label in enumerate(present):
         void = label == VOID
         name = "void (not scored)" if void else names[label]
-        step = 38 + draw.textlength(name, _font(15))
+        step = 38 + draw.textlength(name, font(15))
         if left + step > draw.im.size[0] - 80 and number < len(present) - 1:
-            draw.text((left, top + 8), f"and {len(present) - number} more", INK, _font(15), "lm")
+            draw.text((left, top + 8), f"and {len(present) - number} more", INK, font(15), "lm")
             return
         box = [left, top, left + 15, top + 15]
         draw.rectangle(box, PAPER if void else tuple(palette(256)[label].tolist()), INK)
         for k in (0, 5, 10) if void else ():
             draw.line([(left + k, top + 15), (left + 15, top + k)], (90, 90, 90))
-        draw.text((left + 21, top + 8), name, INK, _font(15), "lm")
+        draw.text((left + 21, top + 8), name, INK, font(15), "lm")
         left += step
 
 
@@ -130,14 +130,14 @@ def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
 
     for y in ticks:
         draw.line([at(0, y), at(last, y)], FAINT)
-        draw.text((left - 8, at(0, y)[1]), f"{y:g}", INK, _font(15), "rm")
+        draw.text((left - 8, at(0, y)[1]), f"{y:g}", INK, font(15), "rm")
     for x in range(0, last + 1, max(1, round(_step(last)))):
         draw.line([(at(x, 0)[0], bottom), (at(x, 0)[0], bottom + 5)], INK)
-        draw.text((at(x, 0)[0], bottom + 8), f"{x}", INK, _font(15), "ma")
+        draw.text((at(x, 0)[0], bottom + 8), f"{x}", INK, font(15), "ma")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    draw.text(((left + right) / 2, top - 38), f"{stage} training", INK, _font(18), "ms")
-    draw.text(((left + right) / 2, bottom + 32), "iteration", INK, _font(16), "ma")
-    draw.text((left - 38, top - 14), f"mean IoU, %{images and ', on '}{images}", INK, _font(15),
+    draw.text(((left + right) / 2, top - 38), f"{stage} training", INK, font(18), "ms")
+    draw.text(((left + right) / 2, bottom + 32), "iteration", INK, font(16), "ma")
+    draw.text((left - 38, top - 14), f"mean IoU, %{images and ', on '}{images}", INK, font(15),
               "ls")
     draw.line([at(*p) for p in points], colour, 3, joint="curve")
     for x, y in (at(*p) for p in points):
@@ -154,8 +154,8 @@ def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
     for text, colour, dashes, length in entries:
         for dash in dashes:
             draw.line([(x + dash, y), (x + dash + length, y)], colour, 3)
-        draw.text((x + 34, y), text, INK, _font(15), "lm")
-        x += 58 + draw.textlength(text, _font(15))
+        draw.text((x + 34, y), text, INK, font(15), "lm")
+        x += 58 + draw.textlength(text, font(15))
 
 
 def _images(log, stage):
@@ -182,31 +182,25 @@ def table(results, names):
     first = max(map(len, [*rows, *means]))
     widths = [max(7, *map(len, head)) for head in heads]
 
-    def line(name, cells):
+    def line(name, *cells):
         return name.ljust(first) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths)) + "\n"
 
     def lines(part):
-        return "".join(line(name, ["-" if value is None else f"{value:.1f}" for value in values])
+        return "".join(line(name, *("-" if value is None else f"{value:.1f}" for value in values))
                        for name, values in part.items())
 
-    head = [line("" if i else "IoU, %", cells)
-            for i, cells in enumerate(itertools.zip_longest(*heads, fillvalue=""))]
+    head = [line(*cells) for cells in itertools.zip_longest(["IoU, %"], *heads, fillvalue="")]
     rule = "-" * (len(head[0]) - 1) + "\n"
     return "".join(head) + rule + lines(rows) + rule + lines(means)
 
 
 def save(canvas, path):
     """Write a picture, an Image or an (H, W, 3) uint8 array, as PNG; beside, then renamed."""
-    canvas = canvas if isinstance(canvas, Image.Image) else Image.fromarray(canvas)
     with replacing(path, "wb") as file:
-        canvas.save(file, format="PNG")
+        Image.fromarray(np.asarray(canvas)).save(file, format="PNG")
 
 
 def _step(span):
     """A round distance between ticks, 1, 2 or 5 times a power of ten, for about six of them."""
     power = 10 ** math.floor(math.log10(span / 6))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= span / 6 * 0.999)
-
-
-def _font(size):
-    return ImageFont.load_default(size)
