@@ -1,6 +1,5 @@
 """What a training run tells of itself: log.csv, from which curves are drawn, and the terminal."""
 import csv
-import os
 import sys
 import time
 
@@ -23,7 +22,7 @@ class Log:
         columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
         self.columns = list(dict.fromkeys(columns))
         with replacing(path, newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -32,8 +31,7 @@ class Log:
         row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
         try:
             with open(self.path, "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="")
-                writer.writerow(row | values | self._values())
+                csv.DictWriter(file, self.columns).writerow(row | values | self._values())
         except OSError as error:
             raise OSError(f"{self.path}: could not be written ({error.strerror}); checkpoints "
                           "written before are kept") from None
@@ -48,8 +46,6 @@ def read_log(path):
 
     Leaves out a row that a full disk cut short.  Raises ValueError for another kind of file.
     """
-    if not os.path.exists(path):
-        return []
     try:
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in [*row, *row.values()]]
@@ -58,6 +54,8 @@ def read_log(path):
             if abs(float(row["miou"] or 0)) > 100 or int(row["iteration"]) < 0:
                 raise ValueError(f"found mean IoU {row['miou']} in iteration {row['iteration']}")
         return rows
+    except FileNotFoundError:
+        return []
     except (KeyError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not a readable log ({error}), expected log.csv of an earlier "
                          "run; move it away to start a new one") from None
@@ -74,17 +72,15 @@ class Progress:
         self.began = self.shown = time.monotonic()
 
     def update(self, iteration, loss, note=""):
-        """Show an iteration's loss; note: what an evaluation found, shown at once."""
+        """Show an iteration's loss; note: what an evaluation found, printed at once."""
         now = time.monotonic()
         each = (now - self.began) / (iteration - self.start)             # seconds an iteration
         speed = f"{self.batch_size / each:.2f}"
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed} images/s")
         self.bar.update()
-        last = iteration == self.iterations
-        if note and not self.bar.disable:
-            self.bar.write(f"{self.stage} {iteration}/{self.iterations}: {note}")
-        if self.bar.disable and (note or last or now - self.shown > 30):
+        if note or self.bar.disable and now - self.shown > 30:
             self.shown = now
             left = tqdm.format_interval(each * (self.iterations - iteration))
-            print(f"{self.stage} {iteration}/{self.iterations}: loss {loss:.3f}, {speed} images/s, "
-                  f"{left} left{note and ', '}{note}", flush=True)
+            with tqdm.external_write_mode():                             # above the bar
+                print(f"{self.stage} {iteration}/{self.iterations}: loss {loss:.3f}, {speed} "
+                      f"images/s, {left} left{note and ', '}{note}", flush=True)
