@@ -12,14 +12,13 @@ Image.MAX_IMAGE_PIXELS = None           # Pillow's own check warns before it ref
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def open_picture(path, kind, formats=FORMATS, max_pixels=None, upright=True):
+def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS, upright=True):
     """A Pillow image, decoded; upright: turned as its orientation tag says.
 
     kind: what errors say was expected.  Raises ValueError or FileNotFoundError, in one line.
     """
     try:
         picture = Image.open(path, formats=formats)
-        max_pixels = max_pixels or MAX_PIXELS
         if picture.width * picture.height > max_pixels:
             raise ValueError(f"found {picture.width}x{picture.height} pixels, "
                              f"expected at most {max_pixels}")
@@ -75,7 +74,5 @@ def shrink(image, max_pixels=1 << 20):
 
 
 def enlarge(labels, size):
-    """Labels (h, w) at another size (H, W), by nearest neighbour; unchanged where they have it."""
-    if labels.shape == size:
-        return labels
+    """Labels (h, w) at another size (H, W), by nearest neighbour."""
     return np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))

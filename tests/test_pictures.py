@@ -64,11 +64,10 @@ def test_broken_files_end_in_one_line_that_names_them(tmp_path, gradient):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch, gradient):
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, gradient):
     Image.fromarray(gradient).save(tmp_path / "a.png")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 95)
     with pytest.raises(ValueError, match="12x8 pixels, expected at most 95"):
-        pictures.read_photograph(str(tmp_path / "a.png"))
+        pictures.open_picture(str(tmp_path / "a.png"), "photograph", max_pixels=95)
 
 
 def test_folders_are_searched_and_empty_ones_refused(tmp_path, gradient):
