@@ -40,9 +40,8 @@ def iou(confusion):
 def mean_iou(confusion):
     """Mean IoU in percent over the classes in the truth, (..., L, L) -> (...); NaN without any."""
     values = iou(confusion)
-    present = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(present, values, 0).sum(-1) / present.sum(-1)
+        return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
 
 
 def boundary_band(labels, width):
