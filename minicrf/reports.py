@@ -21,19 +21,25 @@ COLUMNS = {"unary": {"unary": ("confusion", "unary"), "unary + CRF": ("fixed_crf
 
 def summary(counts, stage, classes, band):
     """The entry of results.json for counts, as training.evaluate returns them for one list."""
-    entries = {key: _percentages(counts[method].sum(axis=0), counts[f"{method}_band"].sum(axis=0),
-                                 classes, band)
-               for key, method in COLUMNS[stage].values() if method in counts}
+    def percent(x):
+        return None if np.isnan(x) else round(float(x), 4)               # None: not in the truth
+
+    entries = {}
+    for key, method in COLUMNS[stage].values():
+        if method in counts:
+            whole, near = counts[method].sum(axis=0), counts[f"{method}_band"].sum(axis=0)  # (L, L)
+            iou = {name: percent(x) for name, x in zip(classes, metrics.iou(whole))}
+            entries[key] = {"miou": percent(metrics.mean_iou(whole)), "iou": iou,
+                            "miou_band": percent(metrics.mean_iou(near)), "band": band}
     return entries.pop("confusion") | entries
 
 
 def record(out, stage, entry, counts, ids):
     """Put a stage's entry into results.json, beside those of other stages, and keep its counts."""
     results = read_results(out)
-    confusions = {key: counts[method]
-                  for key, method in COLUMNS[stage].values() if method in counts}
+    kept = {key: counts[method] for key, method in COLUMNS[stage].values() if method in counts}
     with replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
-        np.savez_compressed(file, ids=np.array(ids), **confusions)
+        np.savez_compressed(file, ids=np.array(ids), **kept)
     with replacing(os.path.join(out, "results.json")) as file:
         json.dump({**results, stage: entry}, file, indent=1)
 
@@ -93,8 +99,6 @@ def panels(out, paths, data, truth, device):
     """
     measured = {stage: read["confusion"] for stage in training.STAGES if stage in paths
                 and (read := _read_confusions(out, stage)) and _same_images(read, data, truth)}
-    if not measured:
-        return []
     last = [*measured][-1]
     models = {stage: training.load_model(paths[stage], data.classes, device)[0]
               for stage in measured if stage in ("unary", last)}
@@ -134,16 +138,6 @@ def _check(entry):
     for other in entry.values():
         if isinstance(other, dict) and other is not entry["iou"]:
             _check(other)
-
-
-def _percentages(confusion, band_confusion, classes, band):
-    """Percent, None for classes absent from the truth; confusions (L, L) of a whole list."""
-    def finite(x):
-        return None if np.isnan(x) else round(float(x), 4)
-
-    return {"miou": finite(metrics.mean_iou(confusion)),
-            "iou": {name: finite(x) for name, x in zip(classes, metrics.iou(confusion))},
-            "miou_band": finite(metrics.mean_iou(band_confusion)), "band": band}
 
 
 def _columns(out, also, data, truth):
