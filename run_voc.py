@@ -19,10 +19,10 @@ from minicrf.arrays import gpu_available, peak_memory, use_tf32
 # Paper silent on iterations: as many as a laptop bears on the toy set, as DeepLab's on VOC.  What a
 # pixel hears from all others makes its marginals steeper in the scores: joint training bears a
 # fraction of the unary rate, and starts at weights under those that are best with nothing learned.
-TOY = dict(iterations={"unary": 500, "piecewise": 40, "joint": 40}, batch_size=16,
+TOY = dict(net="tiny", iterations={"unary": 500, "piecewise": 40, "joint": 40}, batch_size=16,
            rate={"unary": 2.0, "piecewise": 0.05, "joint": 0.05},
            evaluate_every={"unary": 50, "piecewise": 10, "joint": 10})
-VOC = dict(iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
+VOC = dict(net="vgg16", iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
            rate={"unary": 1.0, "piecewise": 0.1, "joint": 0.1},
            evaluate_every={"unary": 200, "piecewise": 50, "joint": 200})
 
@@ -57,7 +57,8 @@ def default(name):
     return f"(default: {words(VOC[name])}; toy set: {words(TOY[name])})"
 
 
-def build_parser():
+def parse_arguments(arguments=None):
+    """The options, with the defaults of the toy set or of VOC filled in."""
     parser = Parser(
         prog="run_voc.py", usage="python run_voc.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,7 +86,7 @@ def build_parser():
         "from (default: OUT/unary.npz); eval: the one to measure (default: all in OUT); predict: "
         "the one to use (default: the last stage in OUT)")
     add("--net", choices=vgg.PRESETS, help="vgg16: the paper's; largefov: takes less memory; "
-        "tiny: of the toy set (default: vgg16; toy set: tiny)")
+        f"tiny: of the toy set {default('net')}")
     add("--image", metavar="PATH", help="predict: a photograph, or a folder of them")
     add("--out", metavar="DIR", default="runs", help="where everything is written (default: runs)")
     add("--resume", action="store_true", help="go on where OUT/STAGE.npz stopped")
@@ -129,14 +130,10 @@ def build_parser():
         help="eval: palette PNGs of the validation list, as VOC's server takes them")
     add("--band", type=COUNT, metavar="PIXELS", default=5,
         help="also IoU this near to class boundaries (default: 5)")
-    return parser
 
-
-def parse_arguments(arguments=None):
-    """The options, with the defaults of the toy set or of VOC filled in."""
-    args = build_parser().parse_args(arguments)
-    args.net = args.net or ("vgg16" if args.voc else "tiny")
+    args = parser.parse_args(arguments)
     defaults = VOC if args.voc else TOY
+    args.net = args.net or defaults["net"]
     args.batch_size = args.batch_size or defaults["batch_size"]
     for name in ("iterations", "rate", "evaluate_every"):  # by stage; one given is for all
         given = getattr(args, name)
@@ -175,10 +172,12 @@ def check_options(args):
                       "into") from None
     logs.read_log(os.path.join(args.out, "log.csv"))         # what is wrong there is said now
     reports.read_results(args.out)
-    written = [os.path.join(args.out, f"{stage}{kind}.npz") for stage in stages(args)
-               for kind in ("", "_best", "_previous")]
-    if args.weights and not args.resume and os.path.realpath(args.weights) in map(
-            os.path.realpath, written):
+    if args.stage in ("eval", "predict") and not (args.weights or checkpoints_in(args.out)):
+        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
+                                "piecewise.npz or joint.npz, or one named with --weights")
+    written = [os.path.realpath(os.path.join(args.out, f"{stage}{kind}.npz"))
+               for stage in stages(args) for kind in ("", "_best", "_previous")]
+    if args.weights and not args.resume and os.path.realpath(args.weights) in written:
         raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
                          "expected another --out, or --resume to go on")
 
@@ -196,10 +195,10 @@ class Data:
             raise ValueError(f"{root}: found {min(both)} in both train.txt and val.txt, "
                              "expected it in one")
 
-    def samples(self, ids, note=None):
+    def samples(self, ids, note):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
         return tqdm(loading.ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
-                    disable=None if note else True)
+                    disable=None)
 
     def load(self, image_id):
         # VOC's own labels where an image is of its validation list: SBD's have no void
@@ -217,12 +216,12 @@ def unary_model(args, data, device):
         fresh = weights.fill(net, values, args.weights)
         mean, scale = values["mean"], values["scale"]
     loaded = [name for name in every if name not in fresh]
-    print(f"--net {args.net}: " + (f"{', '.join(loaded)} loaded from {args.weights}; " if loaded
-                                   else "no weights given; ")
-          + f"freshly initialised: {(', '.join(fresh) or 'none') if loaded else 'all layers'}")
+    source = f"{', '.join(loaded)} loaded from {args.weights}" if loaded else "no weights given"
+    drawn = (", ".join(fresh) or "none") if loaded else "all layers"
+    print(f"--net {args.net}: {source}; freshly initialised: {drawn}")
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
-    first = [model.resized(image) for image, _ in data.samples(data.train[:4])]
+    first = [model.resized(data.load(image_id)[0]) for image_id in data.train[:4]]
     vgg.scale_fresh(net, fresh, model.inputs(first))
     return model, fresh
 
@@ -265,7 +264,7 @@ def resumed_model(args, data, stage, settings, device):
             raise ValueError(f"{path}: found a run with {name} {found[name]}, expected "
                              f"{value}: --resume goes on with the same settings")
     start = args.weights or os.path.join(args.out, "unary.npz")
-    if (stage != "unary" and info.get("start") and os.path.exists(start)
+    if (info.get("start") and os.path.exists(start)
             and info["start"] != fingerprint(checkpoints.read(start)[0])):
         raise ValueError(f"{path}: found a run that started from another checkpoint than {start}; "
                          f"expected the same, or --stage {stage} without --resume to start anew")
@@ -282,16 +281,15 @@ def run_stage(args, data, stage, device):
     settings |= ({"net": args.net} if stage == "unary" else
                  {name: np.ravel(getattr(args, name)).tolist()
                   for name in ("w", "sigma_position", "sigma_bilateral")})
-    start = 0
     if args.resume and os.path.exists(path):
         model, arrays, info = resumed_model(args, data, stage, settings, device)
-        start = info["iteration"]
     else:
         model, fresh, origin = start_model(args, data, stage, device)
         if os.path.exists(path):
             print(f"{path}: found that of an earlier run; it will be kept as {stage}_previous.npz")
         info = {"stage": stage, "classes": data.classes, "seed": args.seed, "fresh": fresh,
-                "settings": settings, "start": origin, "arguments": vars(args)}
+                "settings": settings, "start": origin, "arguments": vars(args), "iteration": 0}
+    start = info["iteration"]
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if start:
         checkpoints.load_velocity(path, arrays, optimiser)
@@ -315,17 +313,7 @@ def run_stage(args, data, stage, device):
     if not done:
         print(f"{stage}: stopped after iteration {info['iteration']} and saved to {path}; "
               "--resume goes on")
-        return None
-    return model
-
-
-def print_crf(crf):
-    """The nine parameters, as one would write them."""
-    values = ", ".join(f"{x:.3f}" for x in crf.params["w"])
-    print(f"  w: {values}")
-    for key in ("log_sigma_position", "log_sigma_bilateral"):
-        if key in crf.params:
-            print(f"  {key[4:]}: {', '.join(f'{x:.2f}' for x in np.exp(crf.params[key]))}")
+    return model if done else None
 
 
 def evaluate_stage(args, data, stage, model):
@@ -340,7 +328,10 @@ def evaluate_stage(args, data, stage, model):
         entry["train"] = measure(data.train, "training")[1]
     if stage != "unary":
         print(f"{stage}: the CRF's parameters")
-        print_crf(model.crf)
+        print("  w:", ", ".join(f"{x:.3f}" for x in model.crf.params["w"]))
+        for kernel in ("position", "bilateral"):
+            sigmas = np.exp(model.crf.params[f"log_sigma_{kernel}"])
+            print(f"  sigma_{kernel}:", ", ".join(f"{x:.2f}" for x in sigmas))
     reports.record(args.out, stage, entry, counts, data.val)
     return counts["unary"].sum(axis=-1)
 
@@ -357,9 +348,6 @@ def evaluate_checkpoints(args, data, device):
     After unary training also with a CRF that has learned nothing.
     """
     there = checkpoints_in(args.out)
-    if not (args.weights or there):
-        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
-                                "piecewise.npz or joint.npz, or one named with --weights")
     for path in [args.weights] if args.weights else list(there.values()):
         model, _, info = training.load_model(path, data.classes, device)
         stage = info["stage"]
@@ -397,12 +385,9 @@ def report(args, data, paths, truth, device):
 
 def predict(args, device):
     """Stage predict: label PNG, overlay PNG and class summary for photographs of any size."""
-    paths = [args.weights] if args.weights else [*checkpoints_in(args.out).values()][-1:]
-    if not paths:
-        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
-                                "piecewise.npz or joint.npz, or one named with --weights")
+    checkpoint = args.weights or [*checkpoints_in(args.out).values()][-1]
     photographs = pictures.find_photographs(args.image)
-    model, _, info = training.load_model(paths[0], device=device)
+    model, _, info = training.load_model(checkpoint, device=device)
     folder = os.path.join(args.out, "predictions")
     os.makedirs(folder, exist_ok=True)
     skipped = 0
