@@ -77,10 +77,9 @@ def parse_arguments(arguments=None):
     add("--check", action="store_true", help="list every problem of the data set, and do no more")
 
     add = parser.add_argument_group("what to do").add_argument
-    add("--stage", choices=(*training.STAGES, "eval", "predict"),
-        help="unary: train the network alone; joint: network and CRF, from the unary checkpoint; "
-        "piecewise: the CRF alone; eval: one table of what was trained; predict: label photographs "
-        "(default: unary, then joint)")
+    add("--stage", choices=(*training.STAGES, "eval", "predict"), help="unary: train the network "
+        "alone; joint: network and CRF, from the unary checkpoint; piecewise: the CRF alone; eval: "
+        "one table of what was trained; predict: label photographs (default: unary, then joint)")
     add("--weights", metavar="FILE", help="unary: ImageNet weights (.npz, .mat, .safetensors) or "
         "a checkpoint to train further (default: none); piecewise, joint: the checkpoint to start "
         "from (default: OUT/unary.npz); eval: the one to measure (default: all in OUT); predict: "
@@ -104,9 +103,8 @@ def parse_arguments(arguments=None):
         help="images that go through the network together (default: all); less takes less memory")
     add("--rate", type=FROM_0, metavar="X",
         help=f"multiplies every learning rate {default('rate')}")
-    add("--drop", type=SHARE, metavar="X", default=0.75,
-        help="share of the iterations after which learning rates fall to a tenth (default: 0.75; "
-        "1: never)")
+    add("--drop", type=SHARE, metavar="X", default=0.75, help="share of the iterations after which "
+        "learning rates fall to a tenth (default: 0.75; 1: never)")
     add("--evaluate-every", type=COUNT, metavar="N",
         help=f"iterations between evaluations {default('evaluate_every')}")
     add("--evaluate-images", type=COUNT, metavar="K",
@@ -306,10 +304,9 @@ def run_stage(args, data, stage, device):
         return {method: metrics.mean_iou(each.sum(axis=0)) for method, each in counts.items()}
 
     done = training.fit(model, stage, optimiser, batches, validate, args.out, info, start=start,
-                        iterations=args.iterations[stage], batch_size=args.batch_size,
-                        micro_batch=args.micro_batch, drop=args.drop,
-                        evaluate_every=args.evaluate_every[stage],
-                        images=f"{len(shown)}/{len(data.val)}")
+                        iterations=args.iterations[stage], images=f"{len(shown)}/{len(data.val)}",
+                        batch_size=args.batch_size, micro_batch=args.micro_batch, drop=args.drop,
+                        evaluate_every=args.evaluate_every[stage])
     if not done:
         print(f"{stage}: stopped after iteration {info['iteration']} and saved to {path}; "
               "--resume goes on")

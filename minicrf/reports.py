@@ -79,9 +79,8 @@ def table(out, also, data, truth):
     if others:
         text += "\nDifference of mean IoU, its 95% interval by paired bootstrap over images\n"
     for name in others:
-        difference, (low, high), share = metrics.bootstrap_difference(confusions[last],
-                                                                      confusions[name])
-        text += (f"{last} against {name:{max(map(len, others))}}  {difference:+.2f} ({low:+.2f} to "
+        gain, (low, high), share = metrics.bootstrap_difference(confusions[last], confusions[name])
+        text += (f"{last} against {name:{max(map(len, others))}}  {gain:+.2f} ({low:+.2f} to "
                  f"{high:+.2f}), above 0 in {100 * share:.1f}%\n")
     train = {name: entry["train"] for name, entry in columns.items() if "train" in entry}
     if train:
