@@ -57,8 +57,7 @@ def default(name):
     return f"(default: {words(VOC[name])}; toy set: {words(TOY[name])})"
 
 
-def parse_arguments(arguments=None):
-    """The options, with the defaults of the toy set or of VOC filled in."""
+def build_parser():
     parser = Parser(
         prog="run_voc.py", usage="python run_voc.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -128,8 +127,12 @@ def parse_arguments(arguments=None):
         help="eval: palette PNGs of the validation list, as VOC's server takes them")
     add("--band", type=COUNT, metavar="PIXELS", default=5,
         help="also IoU this near to class boundaries (default: 5)")
+    return parser
 
-    args = parser.parse_args(arguments)
+
+def parse_arguments(arguments=None):
+    """The options, with the defaults of the toy set or of VOC filled in."""
+    args = build_parser().parse_args(arguments)
     defaults = VOC if args.voc else TOY
     args.net = args.net or defaults["net"]
     args.batch_size = args.batch_size or defaults["batch_size"]

@@ -91,7 +91,7 @@ def accumulate_gradients(model, batch, share, train_net=True):
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
     images = [to_device(image, model.device) for image in images]
-    if crf is not None:                      # building lattices waits for the GPU: let a thread wait
+    if crf is not None:                      # building lattices waits for a GPU: let a thread wait
         kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), threads=1, depth=2)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
