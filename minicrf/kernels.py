@@ -37,25 +37,14 @@ class GaussianKernel:
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
             self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))
+            # (N,): kappa / n; n = kappa + others, but kappa > n where neighbours are missing
+            self.diagonal = xp.minimum(self.K_hat.diagonal, 1)
         elif normalization == "none":
-            self.n = None
-            self.K_hat = self.K
+            self.n, self.K_hat, self.diagonal = None, self.K, self.K.diagonal
         else:
             raise ValueError(f"normalization: found {normalization!r}, "
                              "expected 'symmetric' or 'none'")
-        self.diagonal = self.K_hat.diagonal                                  # (N,): kappa, kappa/n
-        if self.n is not None:      # n = kappa + others; kappa > n where neighbours are missing
-            self.diagonal = xp.minimum(self.diagonal, 1)
         self.self_weight = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
-
-    def apply(self, b):
-        """(K_hat - diag(self_weight)) b for b (N, L)."""
-        return self.K_hat.filter(b) - self.self_weight[:, None] * b
-
-    # forward: out = (K_hat - diag(self_weight)) b
-    def apply_transpose(self, a):
-        """Its transpose: (K_hat^T - diag(self_weight)) a for a (N, L)."""
-        return self.K_hat.filter_transpose(a) - self.self_weight[:, None] * a
 
     def weighted(self):
         """For each feature F_k the filter diag(F_k) K_hat diag(F_k): a list of d."""
@@ -119,15 +108,14 @@ class ExactFilter:
 
     def gather(self, v, rows=None):
         """The second half, at all of the points or at a slice of them: (N, C) -> (rows, C)."""
-        xp = array_module(v)
         start, stop = (rows.start, rows.stop) if rows else (0, len(v))
-        out = xp.empty((stop - start, v.shape[1]), dtype=self.dtype)
         step = max(1, TILE // len(v))
+        out = []
         for first in range(start, stop, step):
             tile = slice(first, min(first + step, stop))
             K = self._kernel(tile) if self.whole is None else self.whole[tile]         # (tile, N)
-            out[first - start:tile.stop - start] = self.scale[tile, None] * (K @ v)
-        return out
+            out.append(self.scale[tile, None] * (K @ v))
+        return array_module(v).concatenate(out).astype(self.dtype)
 
     def inner(self, a, b):
         """<a, K b>, summed over the columns, for a and b (N, C): 0-d, float64."""

@@ -245,7 +245,7 @@ def show_kernels(args, example):
         show(f"{name} kernel: lattice and normalisation", {
             "ours": lambda: GaussianKernel(features, sigma), "pydensecrf": build}, args)
         show(f"{name} kernel: one filter (*)", {
-            "ours": lambda: kernel.apply(values), "pydensecrf": step}, args)
+            "ours": lambda: kernel.K_hat.filter(values), "pydensecrf": step}, args)
     print("(*) pydensecrf: a mean-field step with that kernel alone, the least that it offers")
 
 

@@ -757,7 +757,7 @@ def random_filters(cases, exact):
 def test_filters_are_linear(exact):
     for rng, kernel, x, y in random_filters(30, exact):
         a, b = rng.standard_normal(2)
-        for f in (kernel.apply, kernel.apply_transpose):
+        for f in (kernel.K_hat.filter, kernel.K_hat.filter_transpose):
             np.testing.assert_allclose(f(a * x + b * y), a * f(x) + b * f(y), atol=1e-10 * len(x))
 
 
@@ -784,9 +784,11 @@ def test_the_order_of_points_and_of_columns_does_not_matter():
         n, d = int(rng.integers(2, 80)), int(rng.integers(1, 6))
         features, x = rng.standard_normal((d, n)) * 3, rng.standard_normal((n, 4))
         points, columns, sigma = rng.permutation(n), rng.permutation(4), np.ones(d)
-        expected = GaussianKernel(features, sigma).apply(x)[points][:, columns]
-        found = GaussianKernel(features[:, points], sigma).apply(x[points][:, columns])
+        given, turned = GaussianKernel(features, sigma), GaussianKernel(features[:, points], sigma)
+        expected = given.K_hat.filter(x)[points][:, columns]
+        found = turned.K_hat.filter(x[points][:, columns])
         np.testing.assert_allclose(found, expected, atol=1e-10)
+        np.testing.assert_allclose(turned.self_weight, given.self_weight[points], atol=1e-10)
 
 
 def test_the_order_of_labels_does_not_matter():
