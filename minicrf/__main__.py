@@ -74,7 +74,7 @@ def colour(text):
     raise argparse.ArgumentTypeError(f"found {text!r}, expected a name, R,G,B or RRGGBB")
 
 
-def read_array(path, size, probabilities=False):
+def read_array(path, size, probabilities):
     """The scores (H, W, L) float32 in an .npy file of scores or probabilities; size: (H, W)."""
     try:
         values = np.lib.format.open_memmap(path, mode="r")
@@ -131,24 +131,16 @@ def read_labels(path, unknown=None):
     return number[index].reshape(codes.shape), L, paint
 
 
-def paint_voc(labels):
-    """Labels (H, W) as a picture in VOC's palette."""
-    painted = Image.fromarray(labels.astype(np.uint8))
-    painted.putpalette(voc.palette(256).tobytes())
-    return painted
-
-
 def read_scores(args, size):
     """(scores (H, W, L) float32, labels (H, W) before the CRF, paint) as args.scores gives them."""
-    array = args.scores.lower().endswith(".npy")
-    if args.probabilities and not array:
-        raise ValueError(f"{args.scores}: found a picture, expected an .npy for --probabilities")
-    if array and (args.confidence is not None or args.unknown is not None):
-        raise ValueError(f"{args.scores}: found an array, expected a label picture for "
-                         "--confidence and --unknown")
-    if array:
+    if args.scores.lower().endswith(".npy"):
+        if args.confidence is not None or args.unknown is not None:
+            raise ValueError(f"{args.scores}: found an array, expected a label picture for "
+                             "--confidence and --unknown")
         scores = read_array(args.scores, size, args.probabilities)
-        return scores, scores.argmax(axis=2), paint_voc
+        return scores, scores.argmax(axis=2), voc.paint
+    if args.probabilities:
+        raise ValueError(f"{args.scores}: found a picture, expected an .npy for --probabilities")
     labels, L, paint = read_labels(args.scores, args.unknown)
     check_size(args.scores, labels.shape, size)
     confidence = CONFIDENCE if args.confidence is None else args.confidence
@@ -188,7 +180,7 @@ def main(arguments=None):
     H, W, L = scores.shape
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     q = build_crf(args, L).forward(to_device(scores, device), to_device(image, device), train=False)
-    labels = to_host(q.argmax(axis=2))
+    labels = to_host(q.argmax(axis=2)).astype(np.uint8)
     with replacing(args.out, "wb") as file:
         paint(labels).save(file, format="PNG")
     changed = np.mean((labels != before)[before != VOID])

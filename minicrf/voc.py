@@ -30,12 +30,9 @@ MAX_PIXELS = 2**22        # of a training image: VOC's have 2^18, and the CRF a 
 
 def palette(n):
     """VOC's colour function: the RGB colours of labels 0..n-1, (n, 3) uint8; n at most 256."""
-    label = np.arange(n)
-    colours = np.zeros((n, 3), int)
-    for bit in range(8):                     # three bits of the label at a time, highest bit first
-        for channel in range(3):
-            colours[:, channel] += (label >> (3 * bit + channel) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
+    bits = np.arange(n)[:, None] >> np.arange(24) & 1                    # (n, 24), lowest first
+    # three at a time, one each for R, G and B, whose highest bits come first
+    return np.packbits(bits.reshape(n, 8, 3), axis=1)[:, 0]
 
 
 def class_names(root):
@@ -115,12 +112,17 @@ def check(root, sbd=None):
     return list(dict.fromkeys(filter(None, problems)))
 
 
-def save_labels(path, labels):
-    """Write labels (H, W) uint8 as a palette PNG in VOC's colours; beside, then renamed."""
+def paint(labels):
+    """Labels (H, W) uint8 as a Pillow image: its values are the labels, its palette VOC's."""
     picture = Image.fromarray(labels)                                    # mode L
     picture.putpalette(palette(256).tobytes())                           # mode P, values kept
+    return picture
+
+
+def save_labels(path, labels):
+    """Write labels (H, W) uint8 as a palette PNG in VOC's colours; beside, then renamed."""
     with replacing(path, "wb") as file:
-        picture.save(file, format="PNG")
+        paint(labels).save(file, format="PNG")
 
 
 # What follows finds and reads single files.
