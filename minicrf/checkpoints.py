@@ -13,7 +13,6 @@ from .densecrf import DenseCRF
 from .files import replacing
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
-CRF = {"crf_w": (2,), "crf_log_sigma_position": (2,), "crf_log_sigma_bilateral": (5,)}
 
 
 def save(path, model, info, optimiser=None):
@@ -40,7 +39,7 @@ def read(path):
     try:
         info = json.loads(str(arrays.pop("info")))
         sound = (all(isinstance(info[key], kind) for key, kind in INFO.items())
-                 and {"mean", "fc8_w"} <= arrays.keys() and info["iteration"] >= 0
+                 and {"mean", "scale", "fc8_w"} <= arrays.keys() and info["iteration"] >= 0
                  and info["classes"] and all(isinstance(name, str) for name in info["classes"]))
     except (KeyError, ValueError, TypeError, RecursionError):
         sound = False
@@ -49,7 +48,6 @@ def read(path):
                          "project (for bare ImageNet weights use --stage unary)")
     if info["version"].split(".")[0] != __version__.split(".")[0]:
         raise ValueError(f"{path}: found version {info['version']}, expected {__version__}")
-    arrays.setdefault("scale", np.array(1.0))
     weights.check_numbers(path, arrays)
     return arrays, info
 
@@ -72,23 +70,18 @@ def load_net(path, arrays, info):
 def load_crf(path, arrays, info):
     """The DenseCRF of a checkpoint, or None where it was left by the unary stage.
 
-    Raises ValueError where its parameters are no finite vectors.
+    Raises ValueError where one of its parameters is missing, has another shape or is too large.
     """
     if "crf_w" not in arrays:
         return None
-    for key, shape in CRF.items():
-        p = arrays.get(key, np.zeros(0, np.int8))
-        if p.dtype != np.float64 or p.shape != shape or not abs(p).max() < 1e30:
-            raise ValueError(f"{path}: {key}: found {p.dtype} of shape {p.shape}, expected finite "
-                             f"float64 of shape {shape}")
-    sigmas = {f"sigma_{kernel}": np.exp(arrays[f"crf_log_sigma_{kernel}"])
-              for kernel in ("position", "bilateral")}
-    try:
-        crf = DenseCRF(len(info["classes"]), w=arrays["crf_w"], **sigmas)
-        for key, p in crf.params.items():
-            p[...] = arrays[f"crf_{key}"]          # to the bit: log(exp(x)) may differ from x
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    crf = DenseCRF(len(info["classes"]))
+    for key, p in crf.params.items():
+        values = arrays.get(f"crf_{key}", np.zeros(0, np.int8))
+        largest = 1e30 if key == "w" else 700                            # e^700 is a float
+        if (values.dtype, values.shape) != (p.dtype, p.shape) or not abs(values).max() < largest:
+            raise ValueError(f"{path}: crf_{key}: found {values.dtype} of shape {values.shape}, "
+                             f"expected {p.dtype} of shape {p.shape} under {largest:g}")
+        p[...] = values
     return crf
 
 

@@ -412,6 +412,8 @@ def changed(checkpoint, path, arrays=(), **info):
     ({"velocity_fc7_b": np.full(96, np.inf)}, {}, "velocity_fc7_b: found"),
     ({"crf_w": np.ones(3)}, {}, "w: found"), ({"crf_w": np.ones((1, 2))}, {}, "crf_w: found"),
     ({"crf_log_sigma_position": np.full(2, 800.0)}, {}, "sigma_position: found"),
+    ({"crf_log_sigma_bilateral": np.full(5, -800.0)}, {}, "sigma_bilateral: found"),
+    ({"scale": None}, {}, "no training state"),
     ({"crf_log_sigma_bilateral": np.ones(2)}, {}, "sigma_bilateral: found"),
     ({"crf_log_sigma_position": None}, {}, "crf_log_sigma_position: found int8 of shape (0,)")])
 @pytest.mark.filterwarnings("ignore:overflow")
