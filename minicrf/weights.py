@@ -12,9 +12,7 @@ import zlib
 
 import numpy as np
 
-from .arrays import array_module
 from .files import reason
-from .layers import Conv2d
 
 MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images
 LIMIT = 2 ** 31                               # bytes: no VGG checkpoint comes near it
@@ -94,14 +92,13 @@ def read_npz(path):
 def read_torchvision(path):
     """A .safetensors file with torchvision's VGG-16: RGB, scaled to [0, 1] and standardised."""
     tensors = read_safetensors(path)
-    convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]       # indices in `features`
-    keys = [(name, f"features.{i}") for name, i in zip(NAMES, convolutions)]
-    keys += [("fc6", "classifier.0"), ("fc7", "classifier.3")]
+    layers = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]
+    layers += ["classifier.0", "classifier.3"]
     weights = {}
-    for name, theirs in keys:
-        if f"{theirs}.weight" in tensors and f"{theirs}.bias" in tensors:
-            weights[f"{name}_w"] = tensors[f"{theirs}.weight"]
-            weights[f"{name}_b"] = tensors[f"{theirs}.bias"]
+    for name, theirs in zip(NAMES + FULLY_CONNECTED, layers):
+        for ours, key in ((f"{name}_w", f"{theirs}.weight"), (f"{name}_b", f"{theirs}.bias")):
+            if key in tensors:
+                weights[ours] = tensors[key]
     for name, taps in (("fc6", 7), ("fc7", 1)):                          # matrices -> kernels
         w = weights.get(f"{name}_w")
         if w is not None and w.ndim == 2 and w.shape[1] % taps ** 2 == 0:
@@ -111,7 +108,7 @@ def read_torchvision(path):
         # outside: folded into the bias, it would be wrong where the border is padded with zeros.
         std = np.array([0.229, 0.224, 0.225])                            # RGB
         w = weights["conv1_1_w"] / (255 * std)[:, None, None]
-        weights["conv1_1_w"] = np.ascontiguousarray(w[:, ::-1])          # RGB -> BGR
+        weights["conv1_1_w"] = w[:, ::-1]                                # RGB -> BGR
     weights["mean"] = 255 * np.array([0.485, 0.456, 0.406])[::-1]
     return weights
 
@@ -140,8 +137,7 @@ def read_safetensors(path):
                 if left < 0:
                     raise ValueError(f"{name}: found tensors that overlap, or too many")
                 file.seek(8 + length + begin)
-                values = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
-                tensors[name] = values
+                tensors[name] = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
         except Exception as error:  # a header may lie in a dozen ways
             raise ValueError(f"{path}: not a readable .safetensors file: {reason(error)}") from None
     return tensors
@@ -157,13 +153,13 @@ def read_matconvnet(path):
             if name in NAMES + FULLY_CONNECTED:
                 old = "weights" not in layer                             # of before 2015
                 w, b = layer["filters"] + layer["biases"] if old else layer["weights"][0][:2]
-                weights[f"{name}_w"] = np.ascontiguousarray(w.transpose(3, 2, 0, 1))
+                weights[f"{name}_w"] = w.transpose(3, 2, 0, 1)
                 weights[f"{name}_b"] = b.ravel()
         meta = content.get("meta", {"normalization": [content.get("normalization")]})
         mean = np.asarray(meta["normalization"][0]["averageImage"][0], dtype=np.float64)
         weights["mean"] = mean.reshape(-1, 3).sum(axis=0)[::-1] * (3 / mean.size)    # RGB -> BGR
         if "conv1_1_w" in weights:
-            weights["conv1_1_w"] = np.ascontiguousarray(weights["conv1_1_w"][:, ::-1])
+            weights["conv1_1_w"] = weights["conv1_1_w"][:, ::-1]
         return weights
     except Exception as error:      # a sound file of anything else
         raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: "
@@ -248,31 +244,31 @@ def mat_array(kind, data, ration, levels=MAT_LEVELS):
 def fill(net, weights, path):
     """Copy weights into the layers of net that they name; returns the names of those left as drawn.
 
-    weights: as read_weights returns them; path: for messages.  A fully connected layer that is
-    absent stays as drawn; a convolution must be there, and every shape must fit.  `largefov` takes
-    the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab did.
-    Raises ValueError before anything is copied.
+    net: on the CPU.  weights: as read_weights returns them; path: for messages.  A fully connected
+    layer that is absent stays as drawn; a convolution must be there, and every shape must fit.
+    `largefov` takes the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab
+    did.  Raises ValueError before anything is copied.
     """
-    layers = {name: layer for name, layer in net.layers.items() if isinstance(layer, Conv2d)}
-    missing = [name for name in layers if not {f"{name}_w", f"{name}_b"} <= weights.keys()]
-    if any(name.startswith("conv") for name in missing):
-        raise ValueError(f"{path}: found no {', '.join(n for n in missing if n[0] == 'c')}, "
-                         f"expected all convolutions of a 16-layer VGG net")
-    chosen = {}
-    for name, layer in layers.items():
-        for key, p in layer.params.items():
-            if name in missing:
-                continue
-            values = weights[f"{name}_{key}"]
-            if net.preset == "largefov" and name in FULLY_CONNECTED:
-                values = subsample(values, p.shape)
-            if values.shape != p.shape:
-                raise ValueError(f"{path}: {name}_{key}: found shape {values.shape}, expected "
-                                 f"{p.shape} for --net {net.preset}")
-            chosen[name, key] = values
-    for (name, key), values in chosen.items():
-        p = layers[name].params[key]
-        p[...] = array_module(p).asarray(values)
+    # a layer without its w or its b counts as missing, named once
+    missing = list(dict.fromkeys(key[:-2] for key in net.params if key not in weights))
+    convolutions = [name for name in missing if name.startswith("conv")]
+    if convolutions:
+        raise ValueError(f"{path}: found no {', '.join(convolutions)}, expected all convolutions "
+                         "of a 16-layer VGG net")
+    chosen = []
+    for key, p in net.params.items():
+        name = key[:-2]
+        if name in missing:
+            continue
+        values = weights[key]
+        if net.preset == "largefov" and name in FULLY_CONNECTED:
+            values = subsample(values, p.shape)
+        if values.shape != p.shape:
+            raise ValueError(f"{path}: {key}: found shape {values.shape}, expected {p.shape} for "
+                             f"--net {net.preset}")
+        chosen.append((p, values))
+    for p, values in chosen:
+        p[...] = values
     return missing
 
 
