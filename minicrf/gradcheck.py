@@ -5,6 +5,7 @@ Central differences in float64: dL/dx_i = (L(x + h e_i) - L(x - h e_i)) / 2h + O
 """
 import argparse
 import contextlib
+import functools
 import inspect
 import pkgutil
 import sys
@@ -114,10 +115,7 @@ def check_layers():
     """Every layer, by the loss <dy, forward(x)>: linear between ties, so a long step is exact."""
     from . import layers
     rng = np.random.default_rng(0)
-
-    def conv(kernel, dilation, padding):
-        return layers.Conv2d(2, 2, kernel, dilation, padding, rng, np.float64)
-
+    conv = functools.partial(layers.Conv2d, 2, 2, rng=rng, dtype=np.float64)
     for name, layer, shape, *size in (
             ("Conv2d 3x3", conv(3, 1, 1), (2, 2, 4, 5)),
             ("Conv2d 3x3 with holes", conv(3, 2, 2), (1, 2, 5, 6)),
@@ -216,9 +214,6 @@ def check_model():
     yield "joint training step: 3 directions", along, numerical_gradient(loss, steps, 1e-7)
 
 
-CHECKS = (check_layers, check_losses, check_crf, check_model)
-
-
 @contextlib.contextmanager
 def broken(name):
     """While this context lasts, one function of the package runs with the bug of that name.
@@ -240,7 +235,7 @@ def broken(name):
         function.__code__ = kept
 
 
-def run(checks=CHECKS):
+def run(checks=(check_layers, check_losses, check_crf, check_model)):
     """Print the table; returns the names of the rows that failed."""
     print(f"{'name':45}{'elements':>8}{'largest relative error':>25}")
     failed = []
