@@ -95,8 +95,6 @@ class ExactFilter:
         """K @ values: (N, C) -> (N, C).  Raises ValueError for another N."""
         return self.gather(self.spread(values))
 
-    filter_transpose = filter
-
     def spread(self, values):
         """The first half of the filter, here next to nothing: (N, C) -> (N, C)."""
         if values.ndim != 2 or len(values) != len(self.features):
@@ -104,7 +102,7 @@ class ExactFilter:
                              f"expected ({len(self.features)}, any): one row for each feature")
         return self.scale[:, None] * values
 
-    spread_transpose = spread
+    filter_transpose, spread_transpose = filter, spread                  # K is symmetric
 
     def gather(self, v, rows=None):
         """The second half, at all of the points or at a slice of them: (N, C) -> (rows, C)."""

@@ -45,7 +45,7 @@ def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
     """
     if not ids or batch_size < 1:
         raise ValueError(f"{root}: found {len(ids)} images for batches of {batch_size}, "
-                         f"expected at least one of each")
+                         "expected at least one of each")
 
     def read(index, mirrored):
         image, labels = voc.load(root, ids[index], sbd, n_classes)
