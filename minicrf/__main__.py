@@ -156,17 +156,16 @@ def build_crf(args, n_labels):
         spatial, tone = args.sigma_bilateral
         options["sigma_bilateral"] = (spatial,) * 2 + (tone,) * 3
     crf = DenseCRF(n_labels, iterations=args.iterations, **options)
-    if args.parameters is None:
-        return crf
-    if options:
-        raise ValueError(f"--parameters: found --{next(iter(options)).replace('_', '-')} as well, "
-                         "expected one or the other")
-    learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
-    if learned is None:
-        raise ValueError(f"{args.parameters}: found a network without CRF, expected a checkpoint "
-                         "of the joint or the piecewise stage")
-    learned.n_labels, learned.iterations = crf.n_labels, crf.iterations
-    return learned
+    if args.parameters is not None:
+        if options:
+            raise ValueError(f"--parameters: found --{next(iter(options)).replace('_', '-')} as "
+                             "well, expected one or the other")
+        learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
+        if learned is None:
+            raise ValueError(f"{args.parameters}: found a network without CRF, expected a "
+                             "checkpoint of the joint or the piecewise stage")
+        crf.params = learned.params
+    return crf
 
 
 def main(arguments=None):
