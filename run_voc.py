@@ -442,6 +442,7 @@ def run(args):
             if model is None:
                 return 130
             truth = evaluate_stage(args, data, stage, model)
+            del model                        # the next one needs its memory
             if not args.stage:
                 args.weights = None          # named where unary starts; joint starts from OUT
         paths = checkpoints_in(args.out)

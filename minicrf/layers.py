@@ -134,11 +134,12 @@ class MaxPool2d(Layer):
 
         def pool(p):
             taps = self.taps(pad(planes[p], *self.padding, value=-np.inf), H_out, W_out)
-            y[p] = next(taps)
+            best, won = y[p], winner[p] if train else None               # views
+            best[...] = next(taps)
             for number, tap in enumerate(taps, start=1):
                 if train:                           # the last to exceed: ties go to the first tap
-                    xp.maximum(winner[p], (tap > y[p]) * xp.uint8(number), out=winner[p])
-                xp.maximum(y[p], tap, out=y[p])
+                    xp.maximum(won, (tap > best) * xp.uint8(number), out=won)
+                xp.maximum(best, tap, out=best)
 
         for_each(pool, plane_blocks(planes), planes)
         if train:

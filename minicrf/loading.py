@@ -12,6 +12,8 @@ from PIL import Image
 
 from . import voc
 
+READERS = concurrent.futures.ThreadPoolExecutor(4)
+
 
 def network_input(image, size, mean):
     """The network's input (3, size, size), float32: resized without keeping aspect, BGR minus mean.
@@ -36,7 +38,7 @@ def draws(n, seed, start=0):
 
 
 def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
-            n_classes=len(voc.CLASS_NAMES), threads=4):
+            n_classes=len(voc.CLASS_NAMES), pool=READERS):
     """Endless batches for training: lists of batch_size (image, labels, resized image) triples.
 
     The first two as from `voc.load`, the third as from `network_input`.  Shuffled epochs without
@@ -53,18 +55,18 @@ def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
         return image, labels, network_input(image, size, mean)
 
-    with contextlib.closing(ahead(read, draws(len(ids), seed, start), threads,
+    with contextlib.closing(ahead(read, draws(len(ids), seed, start), pool,
                                   2 * batch_size)) as samples:
         while True:
             yield list(itertools.islice(samples, batch_size))
 
 
-def ahead(function, arguments, threads=4, depth=8):
+def ahead(function, arguments, pool=READERS, depth=8):
     """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
 
     What goes wrong in a thread is raised here, in its place.
     """
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(threads), collections.deque()
+    waiting = collections.deque()
     try:
         for each in arguments:
             waiting.append(pool.submit(function, *each))
@@ -73,4 +75,5 @@ def ahead(function, arguments, threads=4, depth=8):
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()

@@ -79,8 +79,8 @@ class PermutohedralLattice:
         """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
         other = copy.copy(self)
         weights = self.slice.data.reshape(len(s), -1) * s[:, None]           # (N, d+1)
-        other.slice = _sparse(weights.ravel(), self.slice.indices, self.slice.indptr,
-                              self.slice.shape[1])
+        other.slice = copy.copy(self.slice)          # the same places
+        other.slice.data = weights.ravel()
         other.diagonal = self.diagonal * s * s
         other._row_slices = {}
         return other

@@ -6,6 +6,7 @@ Legend: B images in a batch, L labels, h x w score cells, H x W original pixels,
 """
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
 import numpy as np
@@ -23,6 +24,7 @@ from .vgg import seed_dropout
 PIXEL_SCALE = 60
 STAGES = ("unary", "piecewise", "joint")
 LARGEST_LOG_SIGMA = 50    # widths of e^50 pixels, or e^-50: learning has gone astray
+BUILDER = ThreadPoolExecutor(1)         # of lattices: building them waits for a GPU, mean field not
 
 
 class Model:
@@ -91,8 +93,8 @@ def accumulate_gradients(model, batch, share, train_net=True):
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
     images = [to_device(image, model.device) for image in images]
-    if crf is not None:                      # building lattices waits for a GPU: let a thread wait
-        kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), threads=1, depth=2)
+    if crf is not None:
+        kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), BUILDER, depth=2)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
         y = to_device(truth.reshape(-1), model.device)                   # (N,)

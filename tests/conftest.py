@@ -1,4 +1,16 @@
 import pathlib
 import sys
 
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))              # for run_voc.py
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_run_on_the_cpu():
+    """What tests compare to the bit a GPU adds up in another order each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for program in ("run_voc", "minicrf.__main__"):
+            patch.setattr(f"{program}.gpu_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")           # of processes that tests start
+        yield

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+import run_voc
 import strict_cupy
 
 import minicrf
@@ -316,6 +317,15 @@ def test_confusion_matrix(xp):
     assert metrics.mean_iou(found) == metrics.mean_iou(expected)
     with pytest.raises(ValueError, match="predictions: found 9 to 9, expected 0 to 3"):
         metrics.confusion_matrix(gpu(labels), gpu(np.full_like(labels, 9)), N_CLASSES)
+
+
+@pytest.mark.skipif(not REAL, reason="no CUDA device with cupy")
+def test_the_whole_program_on_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_voc, "gpu_available", gpu_available)    # conftest.py hides it
+    arguments = ["--iterations", "2", "--batch-size", "2", "--evaluate-images", "2"]
+    assert run_voc.main([*arguments, "--device", "gpu", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "on the gpu" in printed and "peak GPU memory" in printed
 
 
 def test_checkpoints(xp, tmp_path):

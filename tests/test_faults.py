@@ -731,7 +731,8 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
         batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0,
-                              model.net.input_size, model.mean, n_classes=6, threads=threads)
+                                  model.net.input_size, model.mean, n_classes=6,
+                                  pool=ThreadPoolExecutor(threads))
         losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
                   for i in (1, 2, 3)]
         batches.close()

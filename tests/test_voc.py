@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,7 +182,8 @@ def test_epochs_draw_every_image_once_and_differ():
 def test_batches_resume_exactly_with_any_number_of_threads(root):
     whole = list(itertools.islice(loading.batches(root, TRAIN, 2, seed=1, **NET), 6))
     for start, threads in ((0, 1), (2, 4), (8, 2)):
-        again = loading.batches(root, TRAIN, 2, seed=1, start=start, threads=threads, **NET)
+        again = loading.batches(root, TRAIN, 2, seed=1, start=start,
+                                pool=ThreadPoolExecutor(threads), **NET)
         assert all(same(next(again), batch) for batch in whole[start // 2:])
         again.close()
 
