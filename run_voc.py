@@ -173,7 +173,8 @@ def check_options(args):
                       "into") from None
     logs.read_log(os.path.join(args.out, "log.csv"))         # what is wrong there is said now
     reports.read_results(args.out)
-    if args.stage in ("eval", "predict") and not (args.weights or checkpoints_in(args.out)):
+    needs_one = args.stage == "predict" or args.stage == "eval" and not args.check
+    if needs_one and not (args.weights or checkpoints_in(args.out)):
         raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
                                 "piecewise.npz or joint.npz, or one named with --weights")
     written = [os.path.realpath(os.path.join(args.out, f"{stage}{kind}.npz"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import __version__, vgg, weights
 from .arrays import array_module, to_host
-from .densecrf import DenseCRF
+from .densecrf import LARGEST_LOG_SIGMA, DenseCRF
 from .files import replacing
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
@@ -77,10 +77,13 @@ def load_crf(path, arrays, info):
     crf = DenseCRF(len(info["classes"]))
     for key, p in crf.params.items():
         values = arrays.get(f"crf_{key}", np.zeros(0, np.int8))
-        largest = 1e30 if key == "w" else 700                            # e^700 is a float
-        if (values.dtype, values.shape) != (p.dtype, p.shape) or not abs(values).max() < largest:
+        if (values.dtype, values.shape) != (p.dtype, p.shape):
             raise ValueError(f"{path}: crf_{key}: found {values.dtype} of shape {values.shape}, "
-                             f"expected {p.dtype} of shape {p.shape} under {largest:g}")
+                             f"expected {p.dtype} of shape {p.shape}")
+        largest = 1e30 if key == "w" else LARGEST_LOG_SIGMA
+        if not abs(values).max() <= largest:
+            raise ValueError(f"{path}: crf_{key}: found {values.tolist()}, expected numbers from "
+                             f"{-largest:g} to {largest:g}")
         p[...] = values
     return crf
 

@@ -14,6 +14,7 @@ from .losses import softmax
 
 BLOCK = 2**13           # pixels that one thread updates at a time: small enough for its cache
 CACHED_KERNELS = 4      # position kernels kept: they depend on the image's size and sigma alone
+LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone astray
 
 
 class DenseCRF:
@@ -76,7 +77,7 @@ class DenseCRF:
         scores: float32 or float64, larger is likelier; -inf forbids a label.
         image: uint8 or float, channels in the order of sigma_bilateral; RGB 0-255 for the defaults.
         train: keep what backward needs.  False saves memory and gives the same result.
-        kernels: self.kernels(image, scores.dtype), where they were built ahead.
+        kernels: self.kernels(image, scores.dtype), built ahead with the parameters as they are now.
         Raises ValueError for NaN or +inf, a pixel with every label forbidden, or shapes that
         disagree.  Neither array is written to.
         """
@@ -85,6 +86,10 @@ class DenseCRF:
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         if kernels is None:
             kernels = self.kernels(xp.asarray(image), f.dtype)
+        if [(k.features.dtype, k.features.shape[1]) for k in kernels] != len(self.params["w"]) * [
+                (f.dtype, len(f))]:
+            raise ValueError("kernels: found those of another image, dtype or CRF, expected "
+                             "self.kernels(image, scores.dtype)")
         w = [float(w_m) for w_m in self.params["w"]]
         self_weight = _self_weight(w, kernels, f)                            # (N, 1)
         blocks = _blocks(f)
@@ -200,6 +205,8 @@ class DenseCRF:
     def kernels(self, image, dtype):
         """The GaussianKernels of an image (H, W, C), in the order of w: all of `forward` that does
         not depend on the scores, so that another thread may do it ahead.
+
+        dtype: of the scores.  Raises ValueError for NaN, or channels that sigma_bilateral has not.
         """
         xp = array_module(image)
         if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
@@ -208,18 +215,16 @@ class DenseCRF:
         y, x = xp.meshgrid(*(xp.arange(n, dtype=dtype) for n in shape), indexing="ij")
         position = xp.stack([x.ravel(), y.ravel()])                          # (2, N)
         options = self.normalization, self.exclude_self, self.exact
-        names = self._sigma_names()
-        with np.errstate(over="ignore"):     # learning gone astray: the filter refuses it
-            sigmas = [np.exp(self.params[name]) for name in names]
+        with np.errstate(over="ignore"):     # astray: found when the step is checked
+            sigmas = {name: np.exp(self.params[name]) for name in self._sigma_names()}
 
         def position_kernel(sigma):
             key = shape, sigma.tobytes(), options, position.dtype.char, xp.__name__
-            if key not in self._position_kernels:
-                self._position_kernels[key] = GaussianKernel(position, sigma, *options)
-            self._position_kernels.move_to_end(key)
-            while len(self._position_kernels) > CACHED_KERNELS:
-                self._position_kernels.popitem(last=False)
-            return self._position_kernels[key]
+            cache = self._position_kernels
+            kernel = cache[key] = cache.pop(key, None) or GaussianKernel(position, sigma, *options)
+            while len(cache) > CACHED_KERNELS:           # the latest is last
+                cache.popitem(last=False)
+            return kernel
 
         def bilateral_kernel(sigma):
             colour = image.astype(dtype).reshape(position.shape[1], -1).T           # (C, N)
@@ -229,7 +234,7 @@ class DenseCRF:
             return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
 
         build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
-        return for_each(lambda each: build[each[0]](each[1]), [*zip(names, sigmas)], position)
+        return for_each(lambda each: build[each[0]](each[1]), [*sigmas.items()], position)
 
     def _sigma_names(self):
         return [name for name in self.params if name != "w"]

@@ -113,7 +113,7 @@ class ExactFilter:
             tile = slice(first, min(first + step, stop))
             K = self._kernel(tile) if self.whole is None else self.whole[tile]         # (tile, N)
             out.append(self.scale[tile, None] * (K @ v))
-        return array_module(v).concatenate(out).astype(self.dtype)
+        return array_module(v).concatenate(out).astype(self.dtype, copy=False)
 
     def inner(self, a, b):
         """<a, K b>, summed over the columns, for a and b (N, C): 0-d, float64."""

@@ -64,7 +64,7 @@ def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
 def ahead(function, arguments, pool=READERS, depth=8):
     """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
 
-    What goes wrong in a thread is raised here, in its place.
+    What goes wrong in a thread is raised here, in its place.  function must not use pool itself.
     """
     waiting = collections.deque()
     try:

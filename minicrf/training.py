@@ -13,6 +13,7 @@ import numpy as np
 
 from . import checkpoints, figures, loading, metrics, vgg
 from .arrays import array_module, to_device, to_host
+from .densecrf import LARGEST_LOG_SIGMA
 from .logs import Log, Progress, read_log
 from .losses import softmax_loss
 from .optim import SGD
@@ -23,7 +24,6 @@ from .vgg import seed_dropout
 # input, so a network that starts from scratch gets pixels over PIXEL_SCALE; ImageNet's has scale 1.
 PIXEL_SCALE = 60
 STAGES = ("unary", "piecewise", "joint")
-LARGEST_LOG_SIGMA = 50    # widths of e^50 pixels, or e^-50: learning has gone astray
 BUILDER = ThreadPoolExecutor(1)         # of lattices: building them waits for a GPU, mean field not
 
 

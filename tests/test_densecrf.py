@@ -210,6 +210,12 @@ def test_kernels_may_be_built_ahead(monkeypatch):
     ahead = crf.kernels(image, scores.dtype)
     monkeypatch.setattr(densecrf, "GaussianKernel", None)              # none built now
     np.testing.assert_array_equal(crf.forward(scores, image, kernels=ahead), expected)
+    for wrong in (ahead[:1], ahead[::-1] + ahead):
+        with pytest.raises(ValueError, match="kernels: found those of another image"):
+            crf.forward(scores, image, kernels=wrong)
+    for other in (scores[1:], scores.astype(np.float32)):
+        with pytest.raises(ValueError, match="kernels: found those of another image"):
+            crf.forward(other, image[len(image) - len(other):], kernels=ahead)
 
 
 def test_position_kernels_are_reused_but_only_a_few_kept(monkeypatch):

@@ -323,7 +323,7 @@ def test_confusion_matrix(xp):
 def test_the_whole_program_on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_voc, "gpu_available", gpu_available)    # conftest.py hides it
     arguments = ["--iterations", "2", "--batch-size", "2", "--evaluate-images", "2"]
-    assert run_voc.main([*arguments, "--device", "gpu", "--out", str(tmp_path)]) == 0
+    assert run_voc.main([*arguments, "--out", str(tmp_path)]) == 0      # --device auto
     printed = capsys.readouterr().out
     assert "on the gpu" in printed and "peak GPU memory" in printed
 
