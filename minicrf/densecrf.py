@@ -86,8 +86,8 @@ class DenseCRF:
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         if kernels is None:
             kernels = self.kernels(xp.asarray(image), f.dtype)
-        if [(k.features.dtype, k.features.shape[1]) for k in kernels] != len(self.params["w"]) * [
-                (f.dtype, len(f))]:
+        expected = [(f.dtype, len(f))] * len(self.params["w"])
+        if [(kernel.features.dtype, kernel.features.shape[1]) for kernel in kernels] != expected:
             raise ValueError("kernels: found those of another image, dtype or CRF, expected "
                              "self.kernels(image, scores.dtype)")
         w = [float(w_m) for w_m in self.params["w"]]
@@ -203,9 +203,9 @@ class DenseCRF:
         return float(energy)
 
     def kernels(self, image, dtype):
-        """The GaussianKernels of an image (H, W, C), in the order of w: all of `forward` that does
-        not depend on the scores, so that another thread may do it ahead.
+        """The M GaussianKernels of an image (H, W, C), in the order of w; of N = H*W features each.
 
+        They do not depend on the scores: another thread may build them ahead of `forward`.
         dtype: of the scores.  Raises ValueError for NaN, or channels that sigma_bilateral has not.
         """
         xp = array_module(image)
@@ -234,7 +234,7 @@ class DenseCRF:
             return GaussianKernel(xp.concatenate([position, colour]), sigma, *options)
 
         build = {"log_sigma_position": position_kernel, "log_sigma_bilateral": bilateral_kernel}
-        return for_each(lambda each: build[each[0]](each[1]), [*sigmas.items()], position)
+        return for_each(lambda name: build[name](sigmas[name]), [*sigmas], position)
 
     def _sigma_names(self):
         return [name for name in self.params if name != "w"]
