@@ -92,8 +92,8 @@ def accumulate_gradients(model, batch, share, train_net=True):
     net, crf = model.net, model.crf
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
-    images = [to_device(image, model.device) for image in images]
     if crf is not None:
+        images = [to_device(image, model.device) for image in images]
         kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), BUILDER, depth=2)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
