@@ -192,10 +192,8 @@ class Data:
         self.classes = voc.class_names(root)
         self.train = voc.image_list(root, "train", sbd)
         self.val = voc.image_list(root, "val")
-        both = {*self.train} & {*self.val}
-        if both:
-            raise ValueError(f"{root}: found {min(both)} in both train.txt and val.txt, "
-                             "expected it in one")
+        for problem in voc.in_both_lists(root, self.train, self.val):
+            raise ValueError(problem)
 
     def samples(self, ids, note):
         """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
@@ -298,8 +296,8 @@ def run_stage(args, data, stage, device):
         print(f"{stage}: going on after iteration {start} of {args.iterations[stage]}")
 
     batches = loading.batches(data.root, data.train, args.batch_size, args.seed,
-                          model.net.input_size, model.mean, start * args.batch_size, data.sbd,
-                          len(data.classes))
+                              model.net.input_size, model.mean, start * args.batch_size, data.sbd,
+                              len(data.classes))
     shown = data.val[:args.evaluate_images]
 
     def validate():

@@ -99,8 +99,7 @@ def check(root, sbd=None):
         found, line = _attempt(_image_list, root, split, sbd)
         lists[split], more = found or ([], [])
         problems += [line, *more]
-    problems += [f"{root}: found {image_id} in both train.txt and val.txt, expected it in one"
-                 for image_id in sorted({*lists["train"]} & {*lists["val"]})]
+    problems += in_both_lists(root, lists["train"], lists["val"])
 
     def load_one(image):
         return _attempt(load, root, *image, len(names or range(VOID)))[1]
@@ -110,6 +109,12 @@ def check(root, sbd=None):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         problems += tqdm(pool.map(load_one, ids), "check", len(ids), unit="image", disable=None)
     return list(dict.fromkeys(filter(None, problems)))
+
+
+def in_both_lists(root, train, val):
+    """A line for each id that is in both lists: its score would be that of a training image."""
+    return [f"{root}: found {image_id} in both train.txt and val.txt, expected it in one"
+            for image_id in sorted({*train} & {*val})]
 
 
 def paint(labels):
