@@ -398,7 +398,7 @@ def predict(args, device):
             labels = pictures.enlarge(labels, image.shape[:2])
             name = os.path.join(folder, os.path.basename(path))
             voc.save_labels(f"{name}.labels.png", labels)
-            figures.save(figures.overlay(image, labels), f"{name}.overlay.png")
+            pictures.save_png(f"{name}.overlay.png", figures.overlay(image, labels))
         except (ValueError, OSError, MemoryError) as error:
             if not os.path.isdir(args.image):
                 raise

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 from . import checkpoints, pictures, voc
 from .arrays import gpu_available, to_device, to_host
 from .densecrf import DenseCRF
-from .files import reason, replacing
+from .files import reason
 from .losses import VOID
 from .scores import scores_from_labels, scores_from_probabilities
 
@@ -180,8 +180,7 @@ def main(arguments=None):
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     q = build_crf(args, L).forward(to_device(scores, device), to_device(image, device), train=False)
     labels = to_host(q.argmax(axis=2)).astype(np.uint8)
-    with replacing(args.out, "wb") as file:
-        paint(labels).save(file, format="PNG")
+    pictures.save_png(args.out, paint(labels))
     changed = np.mean((labels != before)[before != VOID])
     print(f"wrote {args.out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed")
 

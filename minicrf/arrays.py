@@ -20,6 +20,15 @@ THREADS = min(4, os.cpu_count() or 1)
 POOL = ThreadPoolExecutor(THREADS)
 
 
+def _new_pool():
+    global POOL
+    POOL = ThreadPoolExecutor(THREADS)
+
+
+if hasattr(os, "register_at_fork"):     # threads do not live on in a forked process
+    os.register_at_fork(after_in_child=_new_pool)
+
+
 def array_module(x):
     """The module, numpy or cupy, that made the array x."""
     return np if cupy is None else cupy.get_array_module(x)

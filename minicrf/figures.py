@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from PIL.ImageFont import load_default as font
 
 from . import pictures
-from .files import replacing
 from .losses import VOID
 from .voc import palette
 
@@ -67,7 +66,7 @@ def panel(path, rows, names, title, width=260):
             draw.text((lefts[column] + width / 2, top + height + 4), caption, INK, font(16), "ma")
         _legend(draw, gap, top + height + line + 4, [labels for labels, _ in shown.values()], names)
         top += height + 2 * (line + gap)
-    save(canvas, path)
+    pictures.save_png(path, canvas)
 
 
 def _legend(draw, left, top, shown, names):
@@ -113,7 +112,7 @@ def curves(path, log, size=(1000, 420)):
             name = f"best unary, {best:.1f}{' on other images' if other else ''}"
         _plot(ImageDraw.Draw(canvas), box, stage, points[stage], images[stage], colour,
               np.arange(low, high + step / 2, step), best, name)
-    save(canvas, path)
+    pictures.save_png(path, canvas)
 
 
 def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
@@ -192,12 +191,6 @@ def table(results, names):
     head = [line(*cells) for cells in itertools.zip_longest(["IoU, %"], *heads, fillvalue="")]
     rule = "-" * (len(head[0]) - 1) + "\n"
     return "".join(head) + rule + lines(rows) + rule + lines(means)
-
-
-def save(canvas, path):
-    """Write a picture, an Image or an (H, W, 3) uint8 array, as PNG; beside, then renamed."""
-    with replacing(path, "wb") as file:
-        Image.fromarray(np.asarray(canvas)).save(file, format="PNG")
 
 
 def _step(span):

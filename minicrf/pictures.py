@@ -4,7 +4,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import reason
+from .files import reason, replacing
 
 MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
@@ -61,6 +61,14 @@ def find_photographs(path):
         raise FileNotFoundError(f"{path}: found no photographs, expected files ending in "
                                 f"{', '.join(ENDINGS)}")
     return found
+
+
+def save_png(path, picture):
+    """Write a Pillow image or an (H, W, 3) uint8 array as PNG; beside, then renamed."""
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    with replacing(path, "wb") as file:
+        picture.save(file, format="PNG")
 
 
 def shrink(image, max_pixels=1 << 20):

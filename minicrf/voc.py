@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .files import replacing
 from .losses import VOID
-from .pictures import open_picture
+from .pictures import open_picture, save_png
 from .weights import read_mat
 
 CLASS_NAMES = (
@@ -126,8 +125,7 @@ def paint(labels):
 
 def save_labels(path, labels):
     """Write labels (H, W) uint8 as a palette PNG in VOC's colours; beside, then renamed."""
-    with replacing(path, "wb") as file:
-        paint(labels).save(file, format="PNG")
+    save_png(path, paint(labels))
 
 
 # What follows finds and reads single files.

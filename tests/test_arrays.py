@@ -1,6 +1,11 @@
 """NumPy or CuPy: chosen from the argument, in one file."""
+import contextlib
+import os
 import pathlib
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +64,33 @@ def test_cupy_is_imported_in_arrays_alone():
     importers = [file.name for file in sorted(package.glob("*.py"))
                  if re.search(r"^\s*(import|from)\s+cupy", file.read_text("utf-8"), re.M)]
     assert importers == ["arrays.py"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    """As the workers of multiprocessing are on Linux: with the parent's they would wait for ever."""
+    script = """
+import os, sys, warnings
+import numpy as np
+from minicrf import DenseCRF
+warnings.simplefilter("ignore")          # Python's own, that a process with threads forks
+rng = np.random.default_rng(0)
+image = rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)
+refine = lambda: DenseCRF(3).forward(rng.standard_normal(image.shape), image)
+refine()
+child = os.fork()
+if child == 0:
+    refine()
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    folder = pathlib.Path(minicrf.__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=folder, start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 7
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)       # the child as well
 
 
 @needs_gpu
