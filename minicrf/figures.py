@@ -19,7 +19,7 @@ BLUE, ORANGE = (0, 90, 180), (215, 95, 0)        # told apart by the colour-blin
 
 
 def overlay(image, labels):
-    """Labels in VOC's colours, blended over their photograph: (H, W, 3) uint8.
+    """Labels in VOC's colours, blended over their photograph: an RGB Pillow image.
 
     image (H, W, 3) uint8 RGB; labels (H, W).  The photograph is in light greys, so that its colours
     cannot be taken for labels.  Void is hatched.  Raises ValueError where the sizes differ.
@@ -32,7 +32,7 @@ def overlay(image, labels):
     blended = (1 - share) * grey + share * palette(256)[labels]                      # (H, W, 3)
     stripes = np.add.outer(np.arange(H), np.arange(W)) // 2 % 3                      # (H, W)
     blended[labels == VOID] = np.where(stripes == 0, 90, 255)[labels == VOID, None]
-    return blended.round().astype(np.uint8)
+    return Image.fromarray(blended.round().astype(np.uint8))
 
 
 def panel(path, rows, names, title, width=260):
@@ -61,7 +61,7 @@ def panel(path, rows, names, title, width=260):
         shown = {"truth": (row["labels"], None), **row["predictions"]}
         for column, (labels, score) in shown.items():
             picture = overlay(np.array(photograph), pictures.enlarge(labels, (height, width)))
-            canvas.paste(Image.fromarray(picture), (lefts[column], top))
+            canvas.paste(picture, (lefts[column], top))
             caption = "" if score is None else f"mean IoU {score:.1f}%"
             draw.text((lefts[column] + width / 2, top + height + 4), caption, INK, font(16), "ma")
         _legend(draw, gap, top + height + line + 4, [labels for labels, _ in shown.values()], names)

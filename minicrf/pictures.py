@@ -1,4 +1,4 @@
-"""Photographs as people have them: any orientation, colour mode and bit depth -> RGB, uint8."""
+"""Pictures in and out: photographs of any orientation, mode and depth -> RGB, uint8; PNGs."""
 import os
 
 import numpy as np
@@ -64,9 +64,7 @@ def find_photographs(path):
 
 
 def save_png(path, picture):
-    """Write a Pillow image or an (H, W, 3) uint8 array as PNG; beside, then renamed."""
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
+    """Write a Pillow image as PNG; beside, then renamed.  Raises OSError, naming the file."""
     with replacing(path, "wb") as file:
         picture.save(file, format="PNG")
 

@@ -144,19 +144,19 @@ def test_runs_killed_at_twenty_moments_end_as_if_undisturbed(toy_set, whole, tmp
     moments += [("fsync", n, "before") for n in (2, 3, 5, 7)]            # inside a checkpoint write
     moments += [("replace", n, when) for n in (2, 4, 6) for when in ("before", "after")]
     assert len(moments) == 20
-    killed = 0
+    late = 0
     for number, moment in enumerate(moments):
         out = tmp_path / str(number)
         arguments = options(toy_set, out)
         if len(moment) == 2:
             code = killed_from_outside(arguments, out, *moment)
+            late += code == 0
         else:
             code = signalled(arguments, *moment).returncode
-        assert code in (-signal.SIGKILL, 0), moment
-        killed += code != 0
+        assert code == -signal.SIGKILL or code == 0 and len(moment) == 2, moment
         resume(toy_set, out)
         assert_as_if_undisturbed(out, whole)
-    assert killed >= 18                  # a slow machine may kill too late once it has ended
+    assert late <= 2                     # a slow machine may kill only once the run has ended
 
 
 # after that of log.csv, in the second and in the last iteration

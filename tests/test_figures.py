@@ -36,7 +36,7 @@ def count(picture, colour):
 def test_overlay_blends_vocs_colours_and_hatches_void():
     labels = labels_of_quarters()
     image = np.full((*labels.shape, 3), 100, np.uint8)
-    blended = figures.overlay(image, labels)                       # a grey of 60 + 76
+    blended = np.array(figures.overlay(image, labels))                     # a grey of 60 + 76
     assert blended.dtype == np.uint8
     assert tuple(blended[-1, 0]) == (round(0.4 * 136 + 0.6 * 128), round(0.4 * 136), 54)
     assert tuple(blended[5, -1]) == (round(0.4 * 136 + 0.6 * 192), 131, 131)
@@ -52,9 +52,8 @@ def test_panel_has_a_column_for_each_method_and_leaves_gaps_for_missing_ones(tmp
     assert [p.name for p in tmp_path.iterdir()] == ["panel.png"]
     picture = pixels(path)
     assert picture.shape[1] == 10 + 4 * 170
-    truth = figures.overlay(row()["image"], labels_of_quarters())[-1, 0]
-    person = figures.overlay(row()["image"], labels_of_quarters())[-1, -1]
-    for colour in (truth, person):
+    overlay = np.array(figures.overlay(row()["image"], labels_of_quarters()))
+    for colour in (overlay[-1, 0], overlay[-1, -1]):
         areas = [count(picture[:, 10 + i * 170:170 + i * 170], colour) for i in range(4)]
         assert areas[0] == 0 and areas[3] > 1000                   # the second row has no joint
         assert areas[2] == 2 * areas[3] and areas[1] >= 0.9 * areas[2]
