@@ -223,8 +223,8 @@ def test_photographs_of_16_bits_or_with_transparency_are_refused(root):
         shape = (10, 12, 4) if mode == "RGBA" else (10, 12)
         dtype = np.uint8 if mode == "RGBA" else np.uint16
         Image.fromarray(np.zeros(shape, dtype)).save(root / "JPEGImages" / "a_1.jpg", format="PNG")
-        found = "I" if mode == "I;16" else mode             # what older Pillows call 16 bits
-        with pytest.raises(ValueError, match=f"a_1.jpg: found a picture of mode {found}.*expected"):
+        found = mode.replace(";16", "(;16)?")               # older Pillows call 16 bits I
+        with pytest.raises(ValueError, match=f"a_1.jpg: found a picture of mode {found}, expected"):
             voc.load(root, "a_1")
 
 
