@@ -4,6 +4,7 @@ Every function of the package asks `array_module(x)` for the module its argument
 same source runs on both and arrays of both kinds can live in one process.  No global switch.
 """
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,15 +17,17 @@ except ImportError:
     cupy = None
 
 SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
+BLOCK = 2 ** 13         # rows that a thread works on at a time: few enough for its cache
 THREADS = min(4, os.cpu_count() or 1)
-POOL = ThreadPoolExecutor(THREADS)
+WORKER = threading.local()              # tells a thread of the pool that it is one
 
 
-def _new_pool():
+def _new_pool(threads=THREADS):
     global POOL
-    POOL = ThreadPoolExecutor(THREADS)
+    POOL = ThreadPoolExecutor(threads, initializer=lambda: setattr(WORKER, "busy", True))
 
 
+_new_pool()
 if hasattr(os, "register_at_fork"):     # threads do not live on in a forked process
     os.register_at_fork(after_in_child=_new_pool)
 
@@ -43,11 +46,21 @@ def for_each(function, items, x):
     """[function(item) for each item], where the work is on the array x: on the CPU in threads.
 
     No call may write what another one reads or writes: then the number of threads does not matter.
-    Nor may it call for_each itself.
+    A call of for_each within one of these threads does its work there.
     """
-    if array_module(x) is np and len(items) > 1 and x.size > SMALL:
-        return list(POOL.map(function, items))
-    return [function(item) for item in items]
+    alone = array_module(x) is not np or x.size <= SMALL or getattr(WORKER, "busy", False)
+    return list(map(function, items) if alone else POOL.map(function, items))
+
+
+def blocks(n, x):
+    """Slices that n rows are worked on by, for work on the array x: all at once on a GPU."""
+    size = BLOCK if array_module(x) is np else n
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def row_sums(x):
+    """Sums over the last axis, (..., L) -> (...): as a product, several times faster than .sum."""
+    return x @ array_module(x).ones(x.shape[-1], x.dtype)
 
 
 def gpu_available():
@@ -56,6 +69,14 @@ def gpu_available():
         return cupy is not None and cupy.cuda.runtime.getDeviceCount() > 0
     except cupy.cuda.runtime.CUDARuntimeError:   # the driver is missing or too old
         return False
+
+
+def transposed(matrix):
+    """A sparse matrix' transpose, ready for products with dense ones.
+
+    SciPy's are fastest as they stand; CuPy's would add up in an order of their own each time.
+    """
+    return matrix.T if sparse_module(matrix.data) is scipy.sparse else matrix.T.tocsr()
 
 
 def to_device(x, device):

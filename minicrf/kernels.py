@@ -1,20 +1,20 @@
-"""Gaussian kernels of the dense CRF, Eq. 9: filter, transpose, derivative by the kernel's width.
+"""Gaussian kernels of the dense CRF: filter, transpose, derivative by their widths (Sec. 4.1).
 
     k(i,j) = exp(-|F_i - F_j|^2 / 2),  F = p / sigma;  symmetric: K_hat = D^-1/2 K D^-1/2
-Legend: N pixels, L labels, d feature dimensions.
+Legend: N pixels, L labels, d feature dimensions, P lattice points.
 """
 import copy
 
 import numpy as np
 
-from .arrays import array_module
+from .arrays import array_module, row_sums, to_host
 from .permutohedral import PermutohedralLattice
 
 TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
 
 
 class GaussianKernel:
-    """The kernel as Eq. 5 uses it: K_hat - diag(self_weight), normalised and without i = j.
+    """The kernel as mean field uses it: K_hat - diag(self_weight), normalised, without i = j.
 
     features: (d, N) floats, in their own units; sigma: d widths in the same units.
     normalization: "symmetric", D^-1/2 K D^-1/2 with D = diag(K 1), or "none".
@@ -22,7 +22,7 @@ class GaussianKernel:
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
 
     Attributes: `K`, the bare filter; `K_hat`, the same normalised, still with i = j; its `diagonal`
-    (N,); `self_weight` (N,), what to subtract: the diagonal or, without exclude_self, zeros.
+    (N,); `self_weight` (N, 1), what to subtract: the diagonal or, without exclude_self, zeros.
     """
 
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False):
@@ -34,28 +34,41 @@ class GaussianKernel:
         self.features = centred / sigma[:, None]                             # (d, N)
         self.K = (ExactFilter(self.features.T) if exact
                   else PermutohedralLattice((features / sigma[:, None]).T))
+        self.n, self.K_hat, self.diagonal = None, self.K, self.K.diagonal
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones_like(self.features[:1].T))[:, 0]  # (N,)
             self.K_hat = self.K.scaled(1 / xp.sqrt(self.n))
             # (N,): kappa / n; n = kappa + others, but kappa > n where neighbours are missing
             self.diagonal = xp.minimum(self.K_hat.diagonal, 1)
-        elif normalization == "none":
-            self.n, self.K_hat, self.diagonal = None, self.K, self.K.diagonal
-        else:
-            raise ValueError(f"normalization: found {normalization!r}, "
-                             "expected 'symmetric' or 'none'")
-        self.self_weight = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
+        excluded = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
+        self.self_weight = excluded[:, None]                                 # (N, 1)
 
-    def weighted(self):
-        """For each feature F_k the filter diag(F_k) K_hat diag(F_k): a list of d."""
-        return [self.K_hat.scaled(f) for f in self.features]
+    def filter(self, b):
+        """(K_hat - diag(self_weight)) b: (N, L) -> (N, L)."""
+        return self.K_hat.filter(b) - self.self_weight * b
+
+    def filter_transpose(self, a):
+        """The same for the transpose."""
+        return self.K_hat.filter_transpose(a) - self.self_weight * a
+
+    # `filter` in two halves: all pixels at once, then block by block.
+    def spread(self, b):
+        """Splat and blur b (N, L) -> (P, L)."""
+        return self.K_hat.blur(self.K_hat.splat(b))
+
+    def gather(self, v, b, rows):
+        """Slice what was spread, (P, L), at a block of rows, without i = j: (rows, L).
+
+        b: those rows of what was spread, (rows, L).
+        """
+        return self.K_hat.slice(v, rows) - self.self_weight[rows] * b
 
     def shape_gradient(self, outer, cross, product):
         """d<a, (K_hat - diag(self_weight)) b>/dlog sigma (d,) by the moment form, for unit width:
 
             sum_ij a_i K_hat_ij b_j (F_ki - F_kj)^2 = sum_i F_ki^2 outer_i - 2 cross_k
 
-        outer: (N,), a (K_hat b) + b (K_hat^T a); cross: (d,), <a, G_k b> for G_k of `weighted`;
+        outer: (N,), a (K_hat b) + b (K_hat^T a); cross: (d,), <F_k a, K_hat F_k b>;
         product: (N,), a b; all summed over the labels.  The gradient is linear in them: a sum of
         such terms, over mean-field steps, needs this once.
 
@@ -68,18 +81,77 @@ class GaussianKernel:
         squares = features**2                                                # (d, N)
         gradient = squares @ outer - 2 * cross                               # (d,)
         if self.n is not None:
-            c = (self.self_weight * product - outer / 2) / self.n            # (N,)
+            c = (self.self_weight[:, 0] * product - outer / 2) / self.n      # (N,)
             moments = xp.concatenate([xp.ones_like(squares[:1]), features, squares]).T   # (N, 1+2d)
             n, K_F, K_squares = xp.split(self.K.filter(moments).T, [1, 1 + len(features)])
             gradient += (squares * n + K_squares - 2 * features * K_F) @ c
         return gradient
 
 
+class KernelGradient:
+    """A kernel's part in back-tracking (Fig. 3, step 3): K^T dz W, dL/dW and dL/dlog sigma.
+
+    kernel: a GaussianKernel; W: its compatibility, a number or a matrix (L, L).  In each mean-field
+    step `spread` and `spread_back`, in any order; then `gather` for each block of rows; then
+    `add_up`.  Both gradients are linear in <dz, K q W>, so its parts are summed over the steps.
+    """
+
+    def __init__(self, kernel, W):
+        xp, self.kernel, self.W = array_module(kernel.features), kernel, W
+        one = xp.ones_like(kernel.features[:1])                              # (1, N)
+        self.moments = kernel.K_hat.side_by_side(xp.concatenate([one, kernel.features]))
+        self.outer, self.product = xp.zeros((2, one.size), dtype=np.float64)             # (N,)
+        self.dW, self.cross, self.dW_of_rows = 0, 0, {}
+
+    def spread(self, q, dz):
+        """K_hat [q, F_1 q, ... F_d q] W before slicing."""
+        xp, L = array_module(q), q.shape[1]
+        v = self.moments.blur(self.moments.splat(q))                         # (P, (1+d)*L)
+        self.q_moments = compatible(v.reshape(len(v), -1, L), self.W)        # (P, 1+d, L)
+        self.K_q_W = xp.ascontiguousarray(self.q_moments[:, 0])              # (P, L)
+
+    def spread_back(self, q, dz):
+        """[dz, F_1 dz, ... F_d dz] after splatting, and K_hat^T dz before slicing."""
+        v = self.moments.splat(dz)                                           # (P, (1+d)*L)
+        self.dz_moments = v.reshape(len(v), -1, dz.shape[1])                 # (P, 1+d, L)
+        self.K_dz = self.kernel.K_hat.blur_transpose(self.dz_moments[:, 0])  # (P, L)
+
+    def gather(self, q, dz, rows):
+        """K^T dz W at a block of rows: (rows, L).  q, dz: those rows of both."""
+        K_q_W = self.kernel.K_hat.slice(self.K_q_W, rows)                    # (rows, L)
+        K_dz = self.kernel.K_hat.slice(self.K_dz, rows)
+        # for the widths, still with i = j
+        self.outer[rows] += row_sums(dz * K_q_W) + row_sums(q * compatible(K_dz, self.W))
+        self.product[rows] += row_sums(q * compatible(dz, self.W))
+        K_dz -= self.kernel.self_weight[rows] * dz
+        # dw += <dz, K q> = <q, K^T dz>; a matrix' is (K q)^T dz = q^T (K^T dz)
+        self.dW_of_rows[rows.start] = (array_module(q).vdot(q, K_dz) if isinstance(self.W, float)
+                                       else q.T @ K_dz)
+        return compatible(K_dz, self.W)
+
+    def add_up(self):
+        """cross_k += <F_k dz, K_hat F_k q W>, and dW from the blocks of rows, in their order."""
+        products = (self.dz_moments * self.q_moments).sum(axis=0, dtype=np.float64)      # (1+d, L)
+        self.cross += products[1:].sum(axis=1)                               # (d,)
+        self.dW += sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
+
+    def result(self):
+        """dL/dW, () or (L, L), and dL/dlog sigma (d,), on the host."""
+        dsigma = self.kernel.shape_gradient(self.outer, self.cross, self.product)
+        dW = to_host(self.dW)
+        return (dW + dW.T) / 2, to_host(dsigma)
+
+
+def compatible(x, W):
+    """x W, of rows of labels (..., L): the compatibility W is a number (Potts) or (L, L)."""
+    return x * W if isinstance(W, float) else x @ W
+
+
 class ExactFilter:
     """K by brute force, O(N^2): the twin of PermutohedralLattice that the tests measure it by.
 
     features: (N, d), already divided by sigma.  Computes in float64, returns the features' dtype.
-    K is symmetric, its diagonal 1.
+    K is symmetric, its diagonal 1.  Splat and slice do next to nothing; all is in the blur.
     """
 
     def __init__(self, features):
@@ -87,43 +159,48 @@ class ExactFilter:
         self.dtype = features.dtype
         self.features = features.astype(np.float64)
         self.scale = xp.ones_like(self.features[:, 0])                       # (N,)
+        self.weights = self.scale[:, None]                                   # (N, K)
         self.diagonal = xp.ones_like(features[:, 0])
         n = len(features)
         self.whole = self._kernel(slice(0, n)) if n * n <= TILE else None    # K, where it fits
 
     def filter(self, values):
         """K @ values: (N, C) -> (N, C).  Raises ValueError for another N."""
-        return self.gather(self.spread(values))
+        return self.slice(self.blur(self.splat(values)), slice(0, len(values)))
 
-    def spread(self, values):
-        """The first half of the filter, here next to nothing: (N, C) -> (N, C)."""
+    def splat(self, values):
+        """(N, C) -> (N, K*C), K being 1 but after `side_by_side`."""
         if values.ndim != 2 or len(values) != len(self.features):
             raise ValueError(f"values: found shape {values.shape}, "
                              f"expected ({len(self.features)}, any): one row for each feature")
-        return self.scale[:, None] * values
+        return (self.weights[:, :, None] * values[:, None]).reshape(len(values), -1)
 
-    filter_transpose, spread_transpose = filter, spread                  # K is symmetric
-
-    def gather(self, v, rows=None):
-        """The second half, at all of the points or at a slice of them: (N, C) -> (rows, C)."""
-        start, stop = (rows.start, rows.stop) if rows else (0, len(v))
+    def blur(self, v):
+        """All of K: (N, C) -> (N, C), float64."""
+        if self.whole is not None:
+            return self.whole @ v
         step = max(1, TILE // len(v))
-        out = []
-        for first in range(start, stop, step):
-            tile = slice(first, min(first + step, stop))
-            K = self._kernel(tile) if self.whole is None else self.whole[tile]         # (tile, N)
-            out.append(self.scale[tile, None] * (K @ v))
-        return array_module(v).concatenate(out).astype(self.dtype, copy=False)
+        return array_module(v).concatenate([self._kernel(slice(first, first + step)) @ v
+                                            for first in range(0, len(v), step)])
 
-    def inner(self, a, b):
-        """<a, K b>, summed over the columns, for a and b (N, C): 0-d, float64."""
-        return (a * self.filter(b)).sum(dtype=np.float64)
+    filter_transpose, blur_transpose = filter, blur                          # K is symmetric
+
+    def slice(self, v, rows):
+        """A block of rows of what was blurred: (N, C) -> (rows, C)."""
+        return (self.scale[rows, None] * v[rows]).astype(self.dtype)
 
     def scaled(self, s):
         """The filter of diag(s) K diag(s) for s (N,)."""
         other = copy.copy(self)
         other.scale = self.scale * s
+        other.weights = self.weights * s[:, None]
         other.diagonal = self.diagonal * s * s
+        return other
+
+    def side_by_side(self, weights):
+        """The filter whose splat gives weights_k * values for each row of weights (K, N)."""
+        other = copy.copy(self)
+        other.weights = self.weights * weights.T
         return other
 
     def _kernel(self, tile):

@@ -1,15 +1,15 @@
 """The permutohedral lattice: Gaussian filtering in any number of dimensions in O(N) [Adams 2010].
 
 Values are splatted onto the corners of the simplex around each feature, blurred along the lattice's
-d+1 directions and sliced back: the messages of the paper's Eq. 5, and of its back-tracking.
-Legend: N points, d feature dimensions, S distinct simplices, P lattice points, C columns of values.
+d+1 directions and sliced back: the messages of mean field (Sec. 3.1), and of its back-tracking.
+Legend: N features, d their dimensions, s distinct simplices, P lattice points, C columns of values.
 """
 import copy
 import math
 
 import numpy as np
 
-from .arrays import array_module, sparse_module, to_host
+from .arrays import array_module, blocks, for_each, sparse_module, to_host, transposed
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
 LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
@@ -18,7 +18,7 @@ LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places
 class PermutohedralLattice:
     """The linear map K ~ exp(-|F_i - F_j|^2 / 2) over N features F_i of d dimensions [Adams 2010].
 
-    K = alpha * slice @ B_d @ ... @ B_0 @ splat, with splat = slice^T and B_j the blur along axis j.
+    K = slice @ alpha B_d @ ... @ B_0 @ splat, with splat = slice^T, B_j the blur along axis j.
     features: (N, d) floats, already divided by sigma: the kernel has unit width in every direction.
     `diagonal` (N,) is K's own diagonal, kappa: exact where no neighbour is missing.
     Everything is in the features' dtype.  Raises ValueError where features are not (N, d) or not
@@ -26,105 +26,110 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features):
-        cells, ranks, offsets = _enclosing_simplices(features)               # each (d+1, N)
-        weights = _barycentric(offsets)                                      # (d+1, N)
+        cells, ranks, weights = _simplices(features)                         # each (d+1, N)
         corners, points, steps = _corners(cells, ranks)               # (N, d+1), (P,), (d+1,)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
+        self.blurs = for_each(lambda step: _blur(points, step, weights.dtype), steps, weights)
         starts = array_module(features).arange(0, corners.size + 1, d + 1, dtype=np.int32)
-        self.slice = _sparse(weights.T.ravel(), corners.ravel(), starts, len(points))    # (N, P)
-        self.blurs = [_blur(points, step, weights.dtype) for step in steps]
-        self._row_slices = {}
+        self._interpolate(_sparse(weights.T.ravel(), corners.ravel(), starts, len(points)))
+
+    def _interpolate(self, S):
+        """Set slice S (N, P), whole and in blocks of rows, and splat, its transpose."""
+        self.S, self.S_T = S, transposed(S)
+        each = S.nnz // S.shape[0]                                           # entries of a row
+        self.S_rows = {rows.start: _sparse(S.data[each * rows.start:each * rows.stop],
+                                           S.indices[each * rows.start:each * rows.stop],
+                                           S.indptr[:rows.stop - rows.start + 1], S.shape[1])
+                       for rows in blocks(S.shape[0], S.data)}
 
     def filter(self, values):
         """K @ values: (N, C) -> (N, C), unnormalised.  Raises ValueError for another N."""
-        return self.gather(self.spread(values))
+        return self.S @ self.blur(self.splat(values))
 
     def filter_transpose(self, values):
         """K^T @ values: (N, C) -> (N, C)."""
-        return self.gather(self.spread_transpose(values))
+        return self.S @ self.blur_transpose(self.splat(values))
 
-    # The two halves of a filter, for those who split the work: spread in one go, gather by rows.
-    def spread(self, values):
-        """Splat and blur: (N, C) -> (P, C)."""
-        v = self._splat(values)                                              # (P, C)
-        for blur in self.blurs:
-            v = blur @ v
+    # The three parts of a filter, for those who share out the work.
+    def splat(self, values):
+        """Each feature gives its value to the corners of its simplex: (N, C) -> (P, C)."""
+        if values.ndim != 2 or len(values) != self.S.shape[0]:
+            raise ValueError(f"values: found shape {values.shape}, "
+                             f"expected ({self.S.shape[0]}, any): one row for each feature")
+        return (self.S_T @ values).reshape(self.S.shape[1], -1)
+
+    def blur(self, v):
+        """Blur along axes 0, 1 .. d in turn: (P, C) -> (P, C)."""
+        for B in self.blurs:
+            v = B @ v
         v *= self.alpha
         return v
 
-    def spread_transpose(self, values):
-        """The same for K^T: (N, C) -> (P, C).  Each blur is symmetric, but their order is not."""
-        v = self._splat(values)                                              # (P, C)
-        for blur in reversed(self.blurs):
-            v = blur @ v
+    def blur_transpose(self, v):
+        """The same for K^T: (P, C) -> (P, C).  Each blur is symmetric, but their order is not."""
+        for B in reversed(self.blurs):
+            v = B @ v
         v *= self.alpha
         return v
 
-    def gather(self, v, rows=None):
-        """Slice what was spread, (P, C), at all N points or at a slice of them: (rows, C)."""
-        if rows in (None, slice(0, self.slice.shape[0])):    # all: CuPy would copy and sort them
-            return self.slice @ v
-        key = rows.start, rows.stop
-        if key not in self._row_slices:      # kept, since mean field comes back for the same rows
-            self._row_slices[key] = self.slice[rows]
-        return self._row_slices[key] @ v
-
-    def inner(self, a, b):
-        """<a, K b>, all columns added up, for a and b (N, C): 0-d, float64.  No need to slice."""
-        return (self._splat(a) * self.spread(b)).sum(dtype=np.float64)
+    def slice(self, v, rows):
+        """Interpolate between the corners again, for a block of features: (P, C) -> (rows, C)."""
+        return self.S_rows[rows.start] @ v
 
     def scaled(self, s):
-        """The lattice of diag(s) K diag(s) for s (N,): normalises K, or weights it by a feature."""
+        """The lattice of diag(s) K diag(s) for s (N,): normalises K."""
         other = copy.copy(self)
-        weights = self.slice.data.reshape(len(s), -1) * s[:, None]           # (N, d+1)
-        other.slice = copy.copy(self.slice)          # the same places
-        other.slice.data = weights.ravel()
+        S = copy.copy(self.S)                            # the same places
+        S.data = (self.S.data.reshape(len(s), -1) * s[:, None]).ravel()      # (N, d+1)
+        other._interpolate(S)
         other.diagonal = self.diagonal * s * s
-        other._row_slices = {}
         return other
 
-    def _splat(self, values):
-        if values.ndim != 2 or len(values) != self.slice.shape[0]:
-            raise ValueError(f"values: found shape {values.shape}, "
-                             f"expected ({self.slice.shape[0]}, any): one row for each feature")
-        return self.slice.T @ values
+    def side_by_side(self, weights):
+        """The lattice whose splat gives weights_k * values for each row of weights (K, N).
+
+        (N, C) -> (P, K*C), in one product; its blurs then take all K together.
+        """
+        xp = array_module(weights)
+        K, N = weights.shape
+        S, other = self.S, copy.copy(self)
+        data = S.data.reshape(N, -1, 1) * weights.T[:, None]                 # (N, d+1, K)
+        places = K * S.indices.reshape(N, -1, 1) + xp.arange(K, dtype=np.int32)
+        other.S_T = transposed(_sparse(data.ravel(), places.ravel(), K * S.indptr, K * S.shape[1]))
+        return other
 
 
-def _enclosing_simplices(features):
-    """Where each feature lies in the lattice: (cells, ranks, offsets), each (d+1, N).
+def _simplices(features):
+    """The simplex around each feature: (cells, ranks, weights), each (d+1, N).
 
-    Coordinates are in units of d+1, so that cells, the nearest remainder-0 point, are whole numbers
-    that sum to 0; offsets are what is left; ranks sort them, 0 for the largest.
+    Coordinates are in units of d+1.  cells: the simplex' corner of remainder 0, whole numbers that
+    sum to 0.  ranks: the order of what is left of the feature's coordinates, 0 for the largest; it
+    tells which of the simplices at that corner.  weights: barycentric, of corners of remainder 0..d.
+    Raises ValueError where features are not (N, d) or not finite.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features: found shape {features.shape}, expected (N, d), neither 0")
     xp = array_module(features)
-    d = features.shape[1]
+    N, d = features.shape
     reach = float(abs(features).max())
     if not reach < LARGEST_COORDINATE:
         raise ValueError(f"features: found magnitude {reach:g}, expected finite values under "
                          f"{LARGEST_COORDINATE:g} kernel widths")
     # float32 leaves too few digits for the place within the cell when there are many cells
-    elevated = _elevate(features.T if reach < 2**12 else features.T.astype(np.float64))
+    dtype = features.dtype if reach < 2**12 else np.dtype(np.float64)
+    cells = xp.empty((d + 1, N), np.int32)
+    ranks = xp.empty((d + 1, N), np.int16)
+    weights = xp.empty((d + 1, N), features.dtype)
 
-    cells = xp.rint(elevated)
-    offsets = elevated - cells
-    ranks = xp.zeros(cells.shape, np.int16) + xp.arange(d + 1, dtype=np.int16)[:, None]
-    for i in range(d + 1):
-        for j in range(i + 1, d + 1):
-            smaller = offsets[i] < offsets[j]
-            ranks[i] += smaller
-            ranks[j] -= smaller
+    def locate(rows):
+        elevated = _elevate(features[rows].T.astype(dtype))                  # (d+1, rows)
+        cells[:, rows], ranks[:, rows] = cell, rank = _nearest(elevated)
+        weights[:, rows] = _barycentric(elevated - cell)
 
-    # rounding each coordinate by itself may leave the plane: put those with the most extreme
-    # offsets right, which turns the order around
-    ranks += cells.sum(axis=0).astype(np.int16)
-    up = (ranks < 0).astype(np.int16) - (ranks > d).astype(np.int16)         # (d+1, N): -1, 0 or 1
-    ranks += (d + 1) * up
-    cells += up
-    return cells.astype(np.int32), ranks, (elevated - cells).astype(features.dtype)
+    for_each(locate, blocks(N, features), features)
+    return cells, ranks, weights
 
 
 def _elevate(features):
@@ -142,6 +147,31 @@ def _elevate(features):
         running += step
     elevated[0] = running
     return elevated
+
+
+def _nearest(elevated):
+    """(cells, ranks), as in `_simplices`, of points (d+1, N) in the plane.
+
+    Rounding finds the nearest whole numbers, but each coordinate by itself: their sum may miss 0 by
+    some m.  Then the m coordinates that were rounded down (or up) the most go the other way.
+    """
+    xp = array_module(elevated)
+    d = len(elevated) - 1
+    cells = xp.rint(elevated)
+    offsets = elevated - cells
+    # a coordinate's rank is the number of larger ones
+    ranks = xp.zeros(cells.shape, np.int16) + xp.arange(d + 1, dtype=np.int16)[:, None]
+    for i in range(d + 1):
+        for j in range(i + 1, d + 1):
+            smaller = offsets[i] < offsets[j]
+            ranks[i] += smaller
+            ranks[j] -= smaller
+    ranks += cells.sum(axis=0).astype(np.int16)
+    # those beyond either end are to move; having moved they are at the other end of the order
+    moved = (ranks < 0).astype(np.int16) - (ranks > d).astype(np.int16)      # (d+1, N): -1, 0 or 1
+    ranks += (d + 1) * moved
+    cells += moved
+    return cells, ranks
 
 
 def _barycentric(offsets):
@@ -219,7 +249,7 @@ def _units(spans):
 def _distinct(words):
     """The distinct words, sorted (P,); the number among them of each word (n,); where they are."""
     xp = array_module(words)
-    order = xp.argsort(words)                                                # (n,)
+    order = xp.argsort(words, kind="stable")     # quick where they come in sorted runs: (n,)
     words = words[order]
     new = xp.ones(len(words), dtype=bool)
     new[1:] = words[1:] != words[:-1]
