@@ -11,10 +11,11 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from minicrf import (DenseCRF, checkpoints, figures, loading, logs, metrics, pictures, reports,
-                     toy, training, vgg, voc, weights)
+from minicrf import DenseCRF, training, vgg
 from minicrf.__main__ import Parser
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
+from minicrf.data import loading, pictures, toy, voc, weights
+from minicrf.results import checkpoints, evaluation, figures, fitting, logs, metrics, reports
 
 # Paper silent on iterations: as many as a laptop bears on the toy set, as DeepLab's on VOC.  What a
 # pixel hears from all others makes its marginals steeper in the scores: joint training bears a
@@ -241,7 +242,7 @@ def start_model(args, data, stage, device):
     if not os.path.exists(start):
         raise FileNotFoundError(f"{start}: found no such file, expected a checkpoint of the unary "
                                 "stage; run --stage unary first, or name one with --weights")
-    model, arrays, _ = training.load_model(start, data.classes, device)
+    model, arrays, _ = checkpoints.load_model(start, data.classes, device)
     model.crf = start_crf(args, len(data.classes))
     return model, [], fingerprint(arrays)
 
@@ -254,7 +255,7 @@ def fingerprint(arrays):
 def resumed_model(args, data, stage, settings, device):
     """(model, arrays, info) of OUT/STAGE.npz, once it is certain that it fits this run."""
     path = os.path.join(args.out, f"{stage}.npz")
-    model, arrays, info = training.load_model(path, data.classes, device)
+    model, arrays, info = checkpoints.load_model(path, data.classes, device)
     if not (isinstance(info.get("settings"), dict) and type(info.get("best", 0.0)) is float
             and isinstance(info.get("fresh"), list) and {*info["fresh"]} <= {*model.net.layers}):
         raise ValueError(f"{path}: found no settings of a run, expected what a training run left")
@@ -296,16 +297,16 @@ def run_stage(args, data, stage, device):
         print(f"{stage}: going on after iteration {start} of {args.iterations[stage]}")
 
     batches = loading.batches(data.root, data.train, args.batch_size, args.seed,
-                              model.net.input_size, model.mean, start * args.batch_size, data.sbd,
+                              model.resized, start * args.batch_size, data.sbd,
                               len(data.classes))
     shown = data.val[:args.evaluate_images]
 
     def validate():
-        counts = training.evaluate(model, data.samples(shown, "evaluation"), len(data.classes),
+        counts = evaluation.evaluate(model, data.samples(shown, "evaluation"), len(data.classes),
                                    band=0)
         return {method: metrics.mean_iou(each.sum(axis=0)) for method, each in counts.items()}
 
-    done = training.fit(model, stage, optimiser, batches, validate, args.out, info, start=start,
+    done = fitting.fit(model, stage, optimiser, batches, validate, args.out, info, start=start,
                         iterations=args.iterations[stage], images=f"{len(shown)}/{len(data.val)}",
                         batch_size=args.batch_size, micro_batch=args.micro_batch, drop=args.drop,
                         evaluate_every=args.evaluate_every[stage])
@@ -318,7 +319,7 @@ def run_stage(args, data, stage, device):
 def evaluate_stage(args, data, stage, model):
     """Final figures of one stage into results.json; returns the truth's pixels, (images, L)."""
     def measure(ids, name):
-        counts = training.evaluate(model, data.samples(ids, f"{stage} on the {name} list"),
+        counts = evaluation.evaluate(model, data.samples(ids, f"{stage} on the {name} list"),
                                    len(data.classes), args.band)
         return counts, reports.summary(counts, stage, data.classes, args.band)
 
@@ -348,7 +349,7 @@ def evaluate_checkpoints(args, data, device):
     """
     there = checkpoints_in(args.out)
     for path in [args.weights] if args.weights else list(there.values()):
-        model, _, info = training.load_model(path, data.classes, device)
+        model, _, info = checkpoints.load_model(path, data.classes, device)
         stage = info["stage"]
         if not args.weights and path != there.get(stage):
             raise ValueError(f"{path}: found a checkpoint of stage {stage}, expected "
@@ -386,7 +387,7 @@ def predict(args, device):
     """Stage predict: label PNG, overlay PNG and class summary for photographs of any size."""
     checkpoint = args.weights or [*checkpoints_in(args.out).values()][-1]
     photographs = pictures.find_photographs(args.image)
-    model, _, info = training.load_model(checkpoint, device=device)
+    model, _, info = checkpoints.load_model(checkpoint, device=device)
     folder = os.path.join(args.out, "predictions")
     os.makedirs(folder, exist_ok=True)
     skipped = 0

@@ -1,24 +1,25 @@
 """A network trained through a fully connected CRF, with every backward method written by hand.
 
-Public names: DenseCRF, scores_from_probabilities, scores_from_labels, PermutohedralLattice.
-Read the files in this order, each resting on those before it:
+Public names: DenseCRF, PermutohedralLattice, scores_from_probabilities, scores_from_labels.
+Read the files of this folder in this order, each resting on those before it:
 
+    plain           the whole paper on a few screens, nothing fast in it
     arrays          NumPy or CuPy: the one file that imports CuPy
-    gradcheck       finite differences: what every backward below is held against
+    gradcheck       finite differences: what every backward below is held against; exercises
     losses          softmax, and the log-likelihood of the truth            Eqs. 6, 8
     im2col          a convolution as one matrix product
     layers          convolution with holes, ReLU, pooling, upsampling; forward above backward
     vgg             the 16-layer net: 306 x 306 pixels to 40 x 40 cells     Sec. 4.1
     permutohedral   Gaussian filtering in linear time                       [Adams 2010]
-    kernels         k_m(i,j), normalised, and its derivative by sigma       Eq. 9
+    kernels         k_m(i,j), normalised, and its derivative by sigma       below Eq. 9
     densecrf        mean field forward, back-tracking backward              Eq. 5, Fig. 3
+    localcrf        local factors and belief propagation                    Fig. 2
     optim           momentum SGD
-    training        one step, two stages, evaluation                        Figs. 1 and 3
+    training        one step, and the rates of each stage                   Fig. 3
 
-The rest is plumbing: files, voc, loading, toy, weights, checkpoints and pictures read and write;
-scores makes class scores of labels or probabilities; metrics counts; logs keeps the course of a
-run, figures draws it, reports sums it up; __main__ is the CRF on the command line.  README.md, "The
-lesson", derives the mathematics, starting with the CRF.
+Two rooms hold what one need not read to learn: data/, what goes in (data sets, photographs,
+weights), and results/, what comes out (checkpoints, logs, tables, pictures).  scores makes class
+scores of labels or probabilities; files writes; __main__ is the CRF on the command line.
 """
 __version__ = "0.1.0"
 

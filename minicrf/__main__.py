@@ -11,11 +11,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageColor
 
-from . import checkpoints, pictures, voc
 from .arrays import gpu_available, to_device, to_host
+from .data import pictures, voc
 from .densecrf import DenseCRF
 from .files import reason
 from .losses import VOID
+from .results import checkpoints
 from .scores import scores_from_labels, scores_from_probabilities
 
 CONFIDENCE = 0.7

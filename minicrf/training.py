@@ -1,30 +1,23 @@
-"""The two training stages of the paper (Sec. 4.1) and evaluation.
+"""Training network and CRF together: Fig. 3, one step at a time, at the rates of Sec. 4.1.
 
 Stage `unary` trains the network on its own scores; `joint` trains network and CRF on the marginals
 of the last mean-field step; `piecewise` trains the CRF alone, the network frozen.
 Legend: B images in a batch, L labels, h x w score cells, H x W original pixels, S input side.
 """
-import os
-import signal
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-
 import numpy as np
+from PIL import Image
 
-from . import checkpoints, figures, loading, metrics, vgg
 from .arrays import array_module, to_device, to_host
 from .densecrf import LARGEST_LOG_SIGMA
-from .logs import Log, Progress, read_log
 from .losses import softmax_loss
 from .optim import SGD
 from .vgg import seed_dropout
 
-
-# Pixels have a root mean square of about 60.  A layer bears steps that fall with the square of its
-# input, so a network that starts from scratch gets pixels over PIXEL_SCALE; ImageNet's has scale 1.
+# Pixels have a root mean square of about 60, and the largest rate that a layer bears falls with the
+# square of its input's: a network that starts from scratch gets pixels over PIXEL_SCALE.
+# ImageNet's has scale 1.
 PIXEL_SCALE = 60
 STAGES = ("unary", "piecewise", "joint")
-BUILDER = ThreadPoolExecutor(1)         # of lattices: building them waits for a GPU, mean field not
 
 
 class Model:
@@ -38,8 +31,11 @@ class Model:
         self.mean, self.scale = np.asarray(mean, np.float64), float(scale)
 
     def resized(self, image):
-        """A photograph (H, W, 3) uint8 of any size -> (3, S, S) float32: BGR minus mean."""
-        return loading.network_input(image, self.net.input_size, self.mean)
+        """A photograph (H, W, 3) uint8 RGB -> (3, S, S) float32: BGR minus mean, aspect not kept."""
+        size = self.net.input_size
+        small = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        bgr = np.asarray(small, np.float32)[:, :, ::-1] - self.mean.astype(np.float32)
+        return np.ascontiguousarray(bgr.transpose(2, 0, 1))              # (3, S, S)
 
     def inputs(self, resized):
         """B resized photographs, each (3, S, S) -> network input (B, 3, S, S) on the device."""
@@ -59,83 +55,39 @@ class Model:
         return unary, to_host(q.argmax(axis=-1)).astype(np.uint8)
 
 
-def load_model(path, classes=None, device="cpu"):
-    """(Model, arrays, info) from a checkpoint; the model's CRF is None after the unary stage.
-
-    classes: the class names it must have been trained for (None: any).  Raises ValueError or
-    OSError with one line.
-    """
-    arrays, info = checkpoints.read(path)
-    if classes is not None and info["classes"] != classes:
-        raise ValueError(f"{path}: found a network for {len(info['classes'])} classes "
-                         f"({', '.join(info['classes'][:3])} ...), expected the data set's "
-                         f"{len(classes)} ({', '.join(classes[:3])} ...)")
-    if info["stage"] not in STAGES or ("crf_w" in arrays) != (info["stage"] != "unary"):
-        crf = "a" if "crf_w" in arrays else "no"
-        raise ValueError(f"{path}: found stage {info['stage']!r} and {crf} CRF, expected one of "
-                         f"{', '.join(STAGES)}; a CRF in all but the first")
-    net = checkpoints.load_net(path, arrays, info)
-    crf = checkpoints.load_crf(path, arrays, info)
-    vgg.move(net, device)
-    return Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info
-
-
 def accumulate_gradients(model, batch, share, train_net=True):
-    """Forward and backward for one batch: adds into all gradients, returns the loss.
+    """Steps 1 to 4 of Fig. 3 for one batch: adds into all gradients, returns the loss.
 
-    batch: list of (image (H, W, 3), labels (H, W), the image resized (3, S, S)), as loading.batches
-    gives; share: 1 / images in the whole batch, of which this may be a part.  The loss is a 0-d
-    array on the device: nothing waits for it here.
-    Paper, Fig. 3: network, upsampling, mean field; then back through all three.
+    batch: list of (image (H, W, 3), labels (H, W), the image resized (3, S, S)).
+    share: 1 / images in the whole batch, of which this may be a part.  The loss is a 0-d array on
+    the device: nothing waits for it here.
     """
-    images, truths, resized = zip(*batch)
     net, crf = model.net, model.crf
+    images, truths, resized = zip(*batch)
+    # Step 1: forward pass, scores f
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
     dscores = array_module(scores).empty_like(scores)
-    if crf is not None:
-        images = [to_device(image, model.device) for image in images]
-        kernels = loading.ahead(crf.kernels, zip(images, repeat(scores.dtype)), BUILDER, depth=2)
     total = 0
     for i, (image, truth) in enumerate(zip(images, truths)):
-        y = to_device(truth.reshape(-1), model.device)                   # (N,)
         f = net.upsample.forward(scores[i], truth.shape, train=True)     # (H, W, L)
+        # Step 2: marginals q^t by filtering; the loss of the last, q^T = softmax(z)
         z = f
         if crf is not None:
-            crf.forward(f, image, kernels=next(kernels))
+            crf.forward(f, to_device(image, model.device))
             z = crf.logits                                               # (H, W, L)
+        y = to_device(truth.reshape(-1), model.device)                   # (N,)
         loss, dz = softmax_loss(z.reshape(-1, z.shape[-1]), y)           # (N, L)
         total += share * loss
         dz *= dz.dtype.type(share)
-        # forward: q = softmax(z), z = CRF(f), f = upsample(scores)
-        df = dz.reshape(z.shape)
+        df = dz.reshape(z.shape)                                         # (H, W, L)
+        # Step 3: back-tracking through the marginals
         if crf is not None:
             df = crf.backward_logits(df)
+        # Step 4: backward pass, the chain rule
         dscores[i] = net.upsample.backward(df)
     if train_net:
         net.backward(dscores)
     return total
-
-
-def evaluate(model, samples, n_classes, band=5):
-    """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
-
-    Sec. 4.2: sum them over the images, then metrics.mean_iou.
-
-    samples: iterable of (image, labels); "crf" is there where the model has one.  "unary_band" and
-    "crf_band" count the pixels within `band` pixels of a class boundary alone (0: left out).
-    """
-    counts = {}
-    for image, truth in samples:
-        near = metrics.boundary_band(truth, band) if band else None
-        for method, prediction in zip(("unary", "crf"), model.predict(image)):
-            if prediction is None:
-                continue
-            counts.setdefault(method, []).append(
-                metrics.confusion_matrix(truth, prediction, n_classes))
-            if band:
-                counts.setdefault(f"{method}_band", []).append(
-                    metrics.confusion_matrix(truth[near], prediction[near], n_classes))
-    return {method: np.stack(each) for method, each in counts.items()}
 
 
 def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
@@ -152,7 +104,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
         params, grads = dict(model.net.params), dict(model.net.grads)
         for key in params:
             layer, kind = key.rsplit("_", 1)
-            rates[key] = rate * (rate_top if layer in {"fc8", *fresh} else rate_loaded)
+            rates[key] = rate * (rate_top if layer in ("fc8", *fresh) else rate_loaded)
             decays[key] = weight_decay if kind == "w" else 0.0
     if stage != "unary":
         for key in model.crf.params:
@@ -162,6 +114,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
     return SGD(params, grads, rates, decays, momentum)
 
 
+@np.errstate(over="ignore", invalid="ignore")        # what is not finite is found by check_step
 def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     """One update from one batch; returns its loss as a 0-d array.
 
@@ -174,6 +127,7 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     for start in range(0, len(batch), size):
         seed_dropout(model.net, seed, iteration, start)
         loss += accumulate_gradients(model, batch[start:start + size], 1 / len(batch), train_net)
+    # Step 5: parameter update
     optimiser.step()
     if model.crf is not None:
         # Potts energies stay negative semi-definite only for w >= 0
@@ -187,67 +141,10 @@ def check_step(loss, params):
     if not np.isfinite(loss):
         raise ValueError(f"found loss {loss}, expected a finite one")
     for key, p in params.items():
-        if not np.isfinite(float(p.sum())):
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(float(p.sum()))
+        if not finite:
             raise ValueError(f"found {key} not finite after the step, expected finite values")
         if "log_sigma" in key and abs(p).max() > LARGEST_LOG_SIGMA:
             raise ValueError(f"found {key} {p.round(2).tolist()} after the step, expected "
                              f"-{LARGEST_LOG_SIGMA} to {LARGEST_LOG_SIGMA}")
-
-
-@np.errstate(over="ignore", invalid="ignore")        # what is not finite is found in the loss
-def fit(model, stage, optimiser, batches, validate, out, info, *, start, iterations, batch_size,
-        micro_batch=None, drop=0.75, evaluate_every=50, images=""):
-    """Train one stage from iteration `start` to `iterations`; True when it got there.
-
-    batches: endless, as loading.batches; validate(): percent mean IoU by method, for the curve, on
-    the validation images that `images` tells, such as "20/110".
-    out: folder of log.csv, curves.png, STAGE.npz, the last state, and STAGE_best.npz, that of the
-    best mean IoU seen; STAGE.npz of an earlier run becomes STAGE_previous.npz.
-    info: dict kept in checkpoints, "seed" among it; sets "iteration", "best".
-    drop: share of the iterations after which rates fall to a tenth.  Ctrl-C finishes the
-    iteration, saves, and returns False.  Raises FloatingPointError where a step cannot be computed
-    or its loss is not finite, with one line.
-    """
-    path = os.path.join(out, stage)
-    earlier = start == 0 and os.path.exists(f"{path}.npz")
-    log = Log(os.path.join(out, "log.csv"), model, stage, start)
-    progress = Progress(stage, start, iterations, batch_size)
-    stop = []
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    try:
-        for iteration in range(start + 1, iterations + 1):
-            optimiser.scale = 0.1 if iteration > drop * iterations else 1.0
-            batch = next(batches)
-            try:
-                loss = float(train_step(model, optimiser, batch, info["seed"], iteration,
-                                        micro_batch))
-                check_step(loss, optimiser.params)
-            except ValueError as error:                  # also from the CRF: its scores, its sigmas
-                raise FloatingPointError(
-                    f"{stage}: iteration {iteration}: {error}; checkpoints written before are "
-                    "kept; try a smaller --rate") from None
-            miou = validate() if iteration % evaluate_every == 0 or iteration == iterations else {}
-            curve = {"miou": list(miou.values())[-1], "miou_unary": miou["unary"],
-                     "images": images} if miou else {}
-            log.append(iteration, loss, optimiser.scale, **curve)
-            note = ", ".join(f"{method} mean IoU {value:.2f}" for method, value in miou.items())
-            progress.update(iteration, loss, note)
-            info["iteration"] = iteration
-            if miou or stop:
-                if earlier:
-                    os.replace(f"{path}.npz", f"{path}_previous.npz")
-                    earlier = False
-                if curve.get("miou", -1) > info.get("best", -1):
-                    # the best state first: killed in between, a resumed run writes it again
-                    info["best"] = curve["miou"]
-                    checkpoints.save(f"{path}_best.npz", model, info)
-                checkpoints.save(f"{path}.npz", model, info, optimiser)
-            if miou:
-                figures.curves(os.path.join(out, "curves.png"), read_log(log.path))
-            if stop:
-                return False
-        return True
-    finally:
-        progress.bar.close()
-        batches.close()
-        signal.signal(signal.SIGINT, previous)

@@ -1,5 +1,9 @@
 """The 16-layer VGG net made fully convolutional with holes (paper, Sec. 4.1; DeepLab's geometry).
 
+    conv1  pool1  conv2  pool2  conv3  pool3  conv4  pool4  conv5  pool5  fc6-8   block
+     306    154    154     78     78     40     40     40     40     40     40    cells a side
+       1      2      1      2      1      2      1      1      1      1      1    stride
+       1      1      1      1      1      1      1      1      2      2    4, 1    dilation: holes
 Three presets share one builder: `vgg16` is the paper's; `largefov` has a small fc6 with larger
 holes (Chen et al., 2015); `tiny` has a few channels and a small input, for the demo and the tests.
 """

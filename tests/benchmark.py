@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from minicrf import DenseCRF, arrays, layers, pictures, toy, training, vgg, weights   # noqa: E402
+from minicrf import DenseCRF, arrays, layers, training, vgg   # noqa: E402
+from minicrf.data import pictures, toy, weights   # noqa: E402
 from minicrf.__main__ import read_labels   # noqa: E402
 from minicrf.kernels import GaussianKernel   # noqa: E402
 from minicrf.losses import VOID, softmax_loss   # noqa: E402

@@ -16,7 +16,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import run_voc   # noqa: E402
-from minicrf import logs   # noqa: E402
+from minicrf.results import logs   # noqa: E402
 
 
 def parse_arguments(arguments):

@@ -13,7 +13,8 @@ import run_voc
 import strict_cupy
 
 import minicrf
-from minicrf import DenseCRF, arrays, checkpoints, layers, losses, metrics, training, vgg
+from minicrf import DenseCRF, arrays, layers, losses, training, vgg
+from minicrf.results import checkpoints, evaluation, metrics
 from minicrf.arrays import array_module, gpu_available, to_device, to_host
 from minicrf.kernels import GaussianKernel
 from minicrf.losses import VOID
@@ -110,7 +111,7 @@ def test_the_stand_in_offers_only_what_cupy_has():
 
 def test_the_package_uses_only_what_the_stand_in_offers():
     package = pathlib.Path(minicrf.__file__).parent
-    text = "\n".join(file.read_text("utf-8") for file in package.glob("*.py"))
+    text = "\n".join(file.read_text("utf-8") for file in package.rglob("*.py"))
     used = set(re.findall(r"\b(?:xp|array_module\(\w+\))\.([a-z]\w+)", text))
     assert {"maximum", "argsort"} < used <= set(vars(strict_cupy.cupy))
 
@@ -300,7 +301,7 @@ def test_evaluation(xp):
     results = []
     for device in ("cpu", "gpu"):
         model, batch = model_and_batch(device)
-        results.append(training.evaluate(model, [pair[:2] for pair in batch], N_CLASSES))
+        results.append(evaluation.evaluate(model, [pair[:2] for pair in batch], N_CLASSES))
     expected, found = results
     assert expected.keys() == found.keys() == {"unary", "crf", "unary_band", "crf_band"}
     for key, counts in expected.items():        # one near tie may fall the other way
@@ -365,5 +366,5 @@ def test_transfers_do_not_grow_with_pixels_or_labels(stand_in):
 
 def test_a_training_step_seldom_waits(stand_in):
     found = events(stand_in)
-    assert found["send"] <= 7 and found["wait"] <= 3 and found.get("sort", 0) == 0
-    assert found["wait aside"] <= 10            # for lattices, while mean field goes on
+    assert found["send"] <= 7 and found.get("sort", 0) == 0
+    assert found["wait"] <= 13                  # ten of them for the lattice

@@ -23,8 +23,9 @@ import pytest
 from PIL import Image
 
 import run_voc
-from minicrf import (arrays, checkpoints, densecrf, files, loading, logs, toy, training, vgg,
-                     voc, weights)
+from minicrf import arrays, densecrf, files, training, vgg
+from minicrf.data import loading, toy, voc, weights
+from minicrf.results import checkpoints, evaluation, fitting, logs
 from minicrf.densecrf import DenseCRF
 from minicrf.kernels import GaussianKernel
 from minicrf.losses import VOID, softmax
@@ -455,7 +456,7 @@ def test_parameters_come_back_to_the_bit(checkpoint):
 READ_ALL = r"""
 import pathlib, re, resource, sys
 sys.path.insert(0, sys.argv[1])
-from minicrf import pictures, voc, weights
+from minicrf.data import pictures, voc, weights
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 peak = lambda: int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) // 1024
 before = peak()
@@ -583,7 +584,7 @@ def endless(samples):
 
 def fit(model, out, stage="joint", rate=0.1, iterations=2, validate=lambda: {"unary": 1.0}):
     os.makedirs(out, exist_ok=True)
-    return training.fit(model, stage, training.optimizer(model, stage, [], rate=rate),
+    return fitting.fit(model, stage, training.optimizer(model, stage, [], rate=rate),
                         endless(batch()), validate, out, dict(INFO), start=0, iterations=iterations,
                         batch_size=2, evaluate_every=1)
 
@@ -650,7 +651,7 @@ def test_weights_of_0_leave_the_unary_scores_and_can_grow_again(tmp_path):
 
 def test_out_of_memory_names_the_batch_and_the_smaller_setting_to_try(toy_set, tmp_path,
                                                                       monkeypatch, capsys):
-    monkeypatch.setattr(loading, "network_input", lambda *_: np.empty(2 ** 60, np.uint8))
+    monkeypatch.setattr(training.Model, "resized", lambda *_: np.empty(2 ** 60, np.uint8))
     assert run_voc.main(options(toy_set, tmp_path)) == 2
     one_line(capsys.readouterr().err, "too little memory for 2 images", "try --micro-batch 1")
 
@@ -666,7 +667,7 @@ def train_on_changing_sizes(steps, model):
         labels = rng.integers(0, len(CLASSES), size).astype(np.uint8)
         batch = [(image, labels, model.resized(image))]
         training.train_step(model, optimiser, batch, 0, iteration)
-        training.evaluate(model, [(image, labels)], len(CLASSES))
+        evaluation.evaluate(model, [(image, labels)], len(CLASSES))
 
 
 def test_a_few_steps_on_changing_sizes_keep_memory_level():
@@ -702,11 +703,11 @@ else:
         return {"unary": 1.0}
     out, stage = sys.argv[4], sys.argv[3]
     t.toy.draw(out + "/set")
-    batches = t.loading.batches(out + "/set", t.voc.image_list(out + "/set", "train"), 16, 0, 98,
-                            (0, 0, 0), n_classes=6)
     crf = t.DenseCRF(6) if stage == "joint" else None
     model = t.training.Model(t.vgg.build("tiny", 6), (0, 0, 0), crf, scale=60)
-    t.training.fit(model, stage, t.training.optimizer(model, stage, [], rate=0.01), batches,
+    batches = t.loading.batches(out + "/set", t.voc.image_list(out + "/set", "train"), 16, 0,
+                                model.resized, n_classes=6)
+    t.fitting.fit(model, stage, t.training.optimizer(model, stage, [], rate=0.01), batches,
                    validate, out, dict(t.INFO), start=0, iterations=300, batch_size=16,
                    evaluate_every=10)
 """
@@ -741,7 +742,7 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
         batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 0,
-                                  model.net.input_size, model.mean, n_classes=6,
+                                  model.resized, n_classes=6,
                                   pool=ThreadPoolExecutor(threads))
         losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
                   for i in (1, 2, 3)]

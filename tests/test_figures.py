@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicrf import figures, voc
+from minicrf.data import voc
+from minicrf.results import figures
 from minicrf.losses import VOID
 
 

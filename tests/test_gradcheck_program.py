@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from minicrf import gradcheck, losses
+from minicrf import exercises, gradcheck, losses
 
 
-NAMES = [name for bugs in gradcheck.BUGS.values() for name in bugs]
+NAMES = [name for bugs in exercises.BUGS.values() for name in bugs]
 
 
 def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
@@ -44,15 +44,15 @@ def test_a_bug_reaches_those_who_imported_the_function_before():
     imported, kept = losses.softmax_loss, losses.softmax_loss.__code__
     z, y = np.zeros((2, 2)), np.array([0, 1])
     right = imported(z, y)[1]
-    with gradcheck.broken("loss-truth-dropped"):
+    with exercises.broken("loss-truth-dropped"):
         assert not np.array_equal(imported(z, y)[1], right)
     assert np.array_equal(imported(z, y)[1], right) and imported.__code__ is kept
 
 
 def test_a_bug_whose_line_has_changed_is_refused(monkeypatch):
-    monkeypatch.setitem(gradcheck.BUGS, "losses.softmax_loss", {"stale": ("no such text", "")})
+    monkeypatch.setitem(exercises.BUGS, "losses.softmax_loss", {"stale": ("no such text", "")})
     with pytest.raises(ValueError, match="found 'no such text' 0 times in losses.softmax_loss"):
-        with gradcheck.broken("stale"):
+        with exercises.broken("stale"):
             pass
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicrf import DenseCRF, checkpoints, training, vgg, voc
+from minicrf import DenseCRF, training, vgg
+from minicrf.data import voc
+from minicrf.results import checkpoints
 from minicrf.__main__ import colour, main
 
 H, W = 12, 20
@@ -241,7 +243,7 @@ def test_bad_options_are_named_in_one_line(folder, options, capsys):
 def test_from_the_shell_errors_exit_with_2(folder):
     command = [sys.executable, "-m", "minicrf", "photo.png", "nothing.npy", "out.png"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
-                          env={"PYTHONPATH": checkpoints.__file__.rsplit("/", 2)[0], "PATH": ""})
+                          env={"PYTHONPATH": checkpoints.__file__.rsplit("/", 3)[0], "PATH": ""})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("python -m minicrf: nothing.npy: not a readable .npy file")
     assert done.stderr.count("\n") == 1

@@ -12,8 +12,9 @@ import pytest
 import scipy.io
 import scipy.sparse
 
-from minicrf import voc
-from minicrf.weights import read_mat, read_matconvnet
+from minicrf.data import voc
+from minicrf.data.matfiles import read_mat
+from minicrf.data.weights import read_matconvnet
 
 LIMIT = 2 ** 20
 HEADER = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from minicrf import metrics
+from minicrf.results import metrics
 from minicrf.arrays import gpu_available
 from minicrf.losses import VOID
 

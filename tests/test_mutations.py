@@ -1,6 +1,6 @@
 """Every backward pass broken on purpose, one bug at a time: finite differences notice, and where.
 
-`gradcheck.BUGS` lists the bugs, `gradcheck.broken` applies one while a test runs.  Here: each bug
+`exercises.BUGS` lists the bugs, `exercises.broken` applies one while a test runs.  Here: each bug
 fails a row that belongs to the broken function; without bugs no row fails; no function that
 computes a gradient is missing from the list.
 """
@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from minicrf import gradcheck
+from minicrf import exercises, gradcheck
 
 PACKAGE = pathlib.Path(gradcheck.__file__).parent
 
@@ -44,7 +44,7 @@ NO_BUG = {
     "permutohedral.PermutohedralLattice.filter_transpose": "spread_transpose, then gather",
 }
 
-BUGS = [(path, name) for path, bugs in gradcheck.BUGS.items() for name in bugs]
+BUGS = [(path, name) for path, bugs in exercises.BUGS.items() for name in bugs]
 
 
 def first_failure(check):
@@ -67,7 +67,7 @@ def passes(check):
 def test_a_bug_fails_its_check_and_the_right_code_passes(path, bug):
     check, rows = COVERED_BY[path]
     assert passes(check)
-    with gradcheck.broken(bug):
+    with exercises.broken(bug):
         row = first_failure(check)
     assert row is not None, f"{path} runs with {bug}, and no row of {check.__name__} fails"
     assert re.match(rows, row), f"{bug} of {path} fails {row!r}, expected a row like {rows!r}"
@@ -86,14 +86,14 @@ def test_every_function_that_computes_a_gradient_is_in_the_list():
     named = {name for path in PACKAGE.glob("*.py")
              for name in functions(ast.parse(path.read_text(encoding="utf-8")), path.stem)
              if re.search("backward|gradient|transpose", name.rsplit(".", 1)[1])}
-    assert named - NO_BUG.keys() <= gradcheck.BUGS.keys()
-    assert NO_BUG.keys() <= named and not NO_BUG.keys() & gradcheck.BUGS.keys()
-    assert gradcheck.BUGS.keys() == COVERED_BY.keys()
+    assert named - NO_BUG.keys() <= exercises.BUGS.keys()
+    assert NO_BUG.keys() <= named and not NO_BUG.keys() & exercises.BUGS.keys()
+    assert exercises.BUGS.keys() == COVERED_BY.keys()
 
 
 def test_every_term_of_the_back_tracking_loop_has_a_bug():
     """df += dz in the loop and behind it, dw, dsigma's three sums, dq with its three factors."""
-    broken = {right for right, _ in gradcheck.BUGS["densecrf.DenseCRF.backward_logits"].values()}
+    broken = {right for right, _ in exercises.BUGS["densecrf.DenseCRF.backward_logits"].values()}
     for term in ("df[", "df += dz", "forth[", "back[", "cross[", "product", "dq =", "dq +=", "w[m]",
                  "transpose"):
         assert any(term in right for right in broken), term

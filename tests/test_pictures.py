@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicrf import pictures
+from minicrf.data import pictures
 
 
 @pytest.fixture

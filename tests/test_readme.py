@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import run_voc
-from minicrf import DenseCRF, __main__, gradcheck
+from minicrf import DenseCRF, __main__, exercises, gradcheck
 from minicrf.gradcheck import relative_error
 from minicrf.losses import softmax, softmax_loss
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LESSON = "## The lesson" + README.partition("\n## The lesson")[2]
-FILES = [path.relative_to(ROOT) for folder in ("minicrf", "tests", ".")
+FILES = [path.relative_to(ROOT) for folder in ("minicrf", "minicrf/data", "minicrf/results", "tests", ".")
          for path in sorted((ROOT / folder).glob("*.py"))]
 
 # A marker line such as *`minicrf/layers.py`, `Conv2d.backward`*, then the block of code.
@@ -282,6 +282,6 @@ def test_options_and_bugs_in_the_readme_exist(capsys):
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/benchmark.py").read_text("utf-8")))
     lines = [line for line in README.splitlines() if "pip install" not in line]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(lines))) <= known
-    bugs = {name for bugs in gradcheck.BUGS.values() for name in bugs}
+    bugs = {name for bugs in exercises.BUGS.values() for name in bugs}
     named = set(re.findall(r"--break ([a-z][\w-]*)", README))
     assert named <= bugs and len(named) >= 5

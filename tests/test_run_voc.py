@@ -12,8 +12,9 @@ from PIL import Image
 
 import experiment
 import run_voc
-from minicrf import (DenseCRF, checkpoints, figures, metrics, pictures, reports, toy, training, vgg,
-                     voc)
+from minicrf import DenseCRF, training, vgg
+from minicrf.data import pictures, toy, voc
+from minicrf.results import checkpoints, evaluation, figures, metrics, reports
 
 FAST = ["--batch-size", "2", "--iterations", "2", "--evaluate-every", "2"]
 
@@ -230,10 +231,10 @@ def test_eval_measures_with_and_without_crf_on_both_lists(trained, toy_set, tmp_
             assert {"miou", "iou", "miou_band", "band"} <= set(part)
     assert results["piecewise"]["before_crf"]["iou"] == results["unary"]["iou"]
     # the CRF that has learned nothing is that of --w: here the same as an own forward pass
-    model, _, _ = training.load_model(str(out / "unary.npz"))
+    model, _, _ = checkpoints.load_model(str(out / "unary.npz"))
     model.crf = DenseCRF(6, w=(3, 10))
     samples = [voc.load(toy_set, image_id) for image_id in voc.image_list(toy_set, "val")]
-    counts = training.evaluate(model, samples, 6)
+    counts = evaluation.evaluate(model, samples, 6)
     assert results["unary"]["fixed_crf"]["miou"] == pytest.approx(
         metrics.mean_iou(counts["crf"].sum(axis=0)), abs=1e-3)
     table = (out / "table.txt").read_text()
@@ -251,7 +252,7 @@ def test_eval_of_one_checkpoint_leaves_table_panels_and_label_pictures(trained, 
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["joint"]
     found = sorted((tmp_path / "predictions" / "joint").iterdir())
     assert [p.stem for p in found] == voc.image_list(toy_set, "val")
-    model, _, _ = training.load_model(str(trained / "joint.npz"))
+    model, _, _ = checkpoints.load_model(str(trained / "joint.npz"))
     image, labels = voc.load(toy_set, found[0].stem)
     picture = Image.open(found[0])
     assert picture.mode == "P" and np.array_equal(picture, model.predict(image)[1])
@@ -265,7 +266,7 @@ def test_eval_of_a_unary_checkpoint_saves_its_own_labels(trained, toy_set, tmp_p
     assert run_voc.main(["--voc", str(toy_set), "--out", str(tmp_path), "--stage", "eval", "--w",
                          "9", "30", "--weights", str(trained / "unary.npz"),
                          "--save-predictions"]) == 0
-    model, _, _ = training.load_model(str(trained / "unary.npz"))
+    model, _, _ = checkpoints.load_model(str(trained / "unary.npz"))
     for path in (tmp_path / "predictions" / "unary").iterdir():
         assert np.array_equal(Image.open(path), model.predict(voc.load(toy_set, path.stem)[0])[0])
 
@@ -326,7 +327,7 @@ def test_ctrl_c_in_an_evaluation_ends_in_one_line(trained, toy_set, tmp_path, ca
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "evaluate", stop)
+    monkeypatch.setattr(evaluation, "evaluate", stop)
     assert run_voc.main(["--voc", str(toy_set), "--out", str(tmp_path), "--stage", "eval",
                          "--weights", str(trained / "joint.npz")]) == 130
     assert_one_line(capsys, "stopped")
@@ -580,7 +581,7 @@ def assert_one_line(capsys, named):
 
 def test_importing_needs_nothing_outside_the_project():
     source = pathlib.Path(run_voc.__file__).parent / "minicrf"
-    for path in source.glob("*.py"):
+    for path in source.rglob("*.py"):
         text = path.read_text()
         assert "cupy" not in text or path.name == "arrays.py" or "import cupy" not in text, path
         assert "pickle.load" not in text and "eval(" not in text.replace("-eval(", ""), path

@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from minicrf import DenseCRF, checkpoints, loading, toy, training, vgg, voc
+from minicrf import DenseCRF, training, vgg
+from minicrf.data import loading, toy, voc
+from minicrf.results import checkpoints, evaluation, fitting
 from minicrf.gradcheck import relative_error
 from minicrf.losses import VOID
 
@@ -154,9 +156,9 @@ def run(toy_set, out, iterations, start_from=None, stop_at=None, stage="joint"):
             os.kill(os.getpid(), 2)
         return {"unary": 10.0 + len(calls), "crf": 20.0 + len(calls)}
 
-    batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, model.net.input_size,
-                          model.mean, 2 * start, n_classes=len(classes))
-    return training.fit(model, stage, optimiser, batches, validate, out, info, start=start,
+    batches = loading.batches(toy_set, voc.image_list(toy_set, "train"), 2, 3, model.resized,
+                          2 * start, n_classes=len(classes))
+    return fitting.fit(model, stage, optimiser, batches, validate, out, info, start=start,
                         iterations=iterations, batch_size=2, evaluate_every=1)
 
 
@@ -192,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_se
                                                                           monkeypatch):
     run(toy_set, tmp_path, 2)
     before = (tmp_path / "joint.npz").read_bytes()
-    monkeypatch.setattr(training, "train_step", lambda *_: np.float32("nan"))
+    monkeypatch.setattr(fitting, "train_step", lambda *_: np.float32("nan"))
     with pytest.raises(FloatingPointError, match="joint: iteration 3: found loss nan"):
         run(toy_set, tmp_path, 4, start_from=str(tmp_path / "joint.npz"))
     assert (tmp_path / "joint.npz").read_bytes() == before
@@ -205,7 +207,7 @@ def test_the_best_state_is_kept_beside_the_last(toy_set, tmp_path):
 
 def test_evaluation_counts_every_labelled_pixel_once():
     model, samples = small_model(), pairs(3)
-    counts = training.evaluate(model, samples, N_CLASSES, band=2)
+    counts = evaluation.evaluate(model, samples, N_CLASSES, band=2)
     assert set(counts) == {"unary", "crf", "unary_band", "crf_band"}
     labelled = [int((labels != VOID).sum()) for _, labels in samples]
     assert counts["unary"].sum(axis=(1, 2)).tolist() == labelled

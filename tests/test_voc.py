@@ -13,10 +13,12 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from minicrf import loading, voc
+from minicrf import training, vgg
+from minicrf.data import loading, voc
 
 TRAIN, VAL = ["a_1", "a_2", "a_3"], ["b_1", "b_2"]
-NET = {"size": 20, "mean": (1, 2, 3)}    # of what batches are resized for
+MODEL = training.Model(vgg.build("tiny", 21), (1.0, 2.0, 3.0))
+NET = {"resized": MODEL.resized}
 
 
 def write_list(root, name, ids, end="\n"):
@@ -158,10 +160,11 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
 def test_network_input_is_bgr_minus_mean_and_square():
     image = np.zeros((6, 9, 3), np.uint8)
     image[:, 3:6] = (10, 20, 30)                                  # RGB
-    x = loading.network_input(image, 12, (1.0, 2.0, 3.0))
-    assert x.shape == (3, 12, 12) and x.dtype == np.float32 and x.flags.c_contiguous
-    assert np.allclose(x[:, 5, 5:7], [[29, 29], [18, 18], [7, 7]])      # middle third stays middle
-    assert np.allclose(x[:, :, [0, 11]].mean(axis=1), [[-1, -1], [-2, -2], [-3, -3]])
+    x = MODEL.resized(image)
+    S = x.shape[1]
+    assert x.shape == (3, S, S) and x.dtype == np.float32 and x.flags.c_contiguous
+    assert np.allclose(x[:, 5, S // 2], [29, 18, 7])      # middle third stays middle
+    assert np.allclose(x[:, :, [0, -1]].mean(axis=1), [[-1, -1], [-2, -2], [-3, -3]])
 
 
 def same(one, other):
@@ -192,7 +195,7 @@ def test_mirroring_turns_image_and_labels_together(root):
     image, labels = voc.load(root, "a_1")
     seen = set()
     for [(x, y, small)] in itertools.islice(loading.batches(root, ["a_1"], 1, seed=0, **NET), 12):
-        assert (small == loading.network_input(x, **NET)).all()
+        assert (small == MODEL.resized(x)).all()
         assert (x[:, :, 0] == y).all()
         mirrored = not (y == labels).all()
         assert same([(x, y)], [(image[:, ::-1], labels[:, ::-1])]) == mirrored
@@ -200,15 +203,14 @@ def test_mirroring_turns_image_and_labels_together(root):
     assert seen == {True, False}
 
 
-def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root, monkeypatch):
-    threads, real = [], loading.network_input
+def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root):
+    threads = []
 
-    def network_input(*arguments):
+    def resized(image):
         threads.append(threading.current_thread())
-        return real(*arguments)
+        return MODEL.resized(image)
 
-    monkeypatch.setattr(loading, "network_input", network_input)
-    batches = loading.batches(root, TRAIN, 2, seed=0, **NET)
+    batches = loading.batches(root, TRAIN, 2, seed=0, resized=resized)
     next(batches)
     for _ in range(500):                     # nobody asks for more: still two batches get ready
         if len(threads) >= 4:

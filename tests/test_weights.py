@@ -13,7 +13,7 @@ import pytest
 import scipy.io
 
 from minicrf import vgg
-from minicrf.weights import MEAN, fill, read_weights
+from minicrf.data.weights import MEAN, fill, read_weights
 
 CONVOLUTIONS = ["conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2", "conv3_3",
                 "conv4_1", "conv4_2", "conv4_3", "conv5_1", "conv5_2", "conv5_3"]

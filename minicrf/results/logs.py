@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from .files import replacing
+from ..files import replacing
 
 
 class Log:

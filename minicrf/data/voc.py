@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .losses import VOID
+from ..losses import VOID
+from .matfiles import read_mat
 from .pictures import open_picture, save_png
-from .weights import read_mat
 
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",

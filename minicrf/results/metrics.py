@@ -6,8 +6,8 @@ from the truth have no IoU (NaN) and are left out of means.  Legend: H x W pixel
 import numpy as np
 import scipy.ndimage
 
-from .arrays import array_module, to_host
-from .losses import VOID
+from ..arrays import array_module, to_host
+from ..losses import VOID
 
 
 def confusion_matrix(labels, predictions, n_classes):

@@ -9,10 +9,12 @@ import os
 
 import numpy as np
 
-from . import figures, metrics, training, weights
-from .files import replacing
+from .. import training
+from ..data import weights
+from ..files import replacing
+from . import checkpoints, figures, metrics
 
-# {column of the table: (key in STAGE_val.npz, method of training.evaluate)}: a stage's own figures
+# {column of the table: (key in STAGE_val.npz, method of evaluation.evaluate)}: a stage's own figures
 # under "confusion"; the other ones are of a CRF that has learned nothing, and of no CRF
 COLUMNS = {"unary": {"unary": ("confusion", "unary"), "unary + CRF": ("fixed_crf", "crf")},
            **{stage: {f"{stage} without CRF": ("before_crf", "unary"), stage: ("confusion", "crf")}
@@ -20,7 +22,7 @@ COLUMNS = {"unary": {"unary": ("confusion", "unary"), "unary + CRF": ("fixed_crf
 
 
 def summary(counts, stage, classes, band):
-    """The entry of results.json for counts, as training.evaluate returns them for one list."""
+    """The entry of results.json for counts, as evaluation.evaluate returns them for one list."""
     def percent(x):
         return None if np.isnan(x) else round(float(x), 4)               # None: not in the truth
 
@@ -99,7 +101,7 @@ def panels(out, paths, data, truth, device):
     measured = {stage: read["confusion"] for stage in training.STAGES if stage in paths
                 and (read := _read_confusions(out, stage)) and _same_images(read, data, truth)}
     last = [*measured][-1]
-    models = {stage: training.load_model(paths[stage], data.classes, device)[0]
+    models = {stage: checkpoints.load_model(paths[stage], data.classes, device)[0]
               for stage in measured if stage in ("unary", last)}
 
     def row(i):

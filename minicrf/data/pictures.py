@@ -4,7 +4,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import reason, replacing
+from ..files import reason, replacing
 
 MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs

@@ -7,10 +7,12 @@ import json
 
 import numpy as np
 
-from . import __version__, vgg, weights
-from .arrays import array_module, to_host
-from .densecrf import LARGEST_LOG_SIGMA, DenseCRF
-from .files import replacing
+from .. import __version__, vgg
+from ..arrays import array_module, to_host
+from ..data import weights
+from ..densecrf import LARGEST_LOG_SIGMA, DenseCRF
+from ..files import replacing
+from ..training import STAGES, Model
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
 
@@ -96,3 +98,24 @@ def load_velocity(path, arrays, optimiser):
             raise ValueError(f"{path}: found no momentum for {key} of shape {v.shape}, expected a "
                              "checkpoint that a training run left")
         v[...] = array_module(v).asarray(values)
+
+
+def load_model(path, classes=None, device="cpu"):
+    """(Model, arrays, info) from a checkpoint; the model's CRF is None after the unary stage.
+
+    classes: the class names it must have been trained for (None: any).  Raises ValueError or
+    OSError with one line.
+    """
+    arrays, info = read(path)
+    if classes is not None and info["classes"] != classes:
+        raise ValueError(f"{path}: found a network for {len(info['classes'])} classes "
+                         f"({', '.join(info['classes'][:3])} ...), expected the data set's "
+                         f"{len(classes)} ({', '.join(classes[:3])} ...)")
+    if info["stage"] not in STAGES or ("crf_w" in arrays) != (info["stage"] != "unary"):
+        crf = "a" if "crf_w" in arrays else "no"
+        raise ValueError(f"{path}: found stage {info['stage']!r} and {crf} CRF, expected one of "
+                         f"{', '.join(STAGES)}; a CRF in all but the first")
+    net = load_net(path, arrays, info)
+    crf = load_crf(path, arrays, info)
+    vgg.move(net, device)
+    return Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info

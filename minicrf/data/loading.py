@@ -8,21 +8,10 @@ import contextlib
 import itertools
 
 import numpy as np
-from PIL import Image
 
 from . import voc
 
 READERS = concurrent.futures.ThreadPoolExecutor(4)
-
-
-def network_input(image, size, mean):
-    """The network's input (3, size, size), float32: resized without keeping aspect, BGR minus mean.
-
-    image: (H, W, 3) uint8 RGB.  mean: three numbers, BGR, 0-255 (stored with the weights).
-    """
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
-    bgr = np.asarray(resized, np.float32)[:, :, ::-1] - np.asarray(mean, np.float32)
-    return np.ascontiguousarray(bgr.transpose(2, 0, 1))                  # (3, size, size)
 
 
 def draws(n, seed, start=0):
@@ -37,11 +26,11 @@ def draws(n, seed, start=0):
             yield int(order[i]), bool(mirrored[i])
 
 
-def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
+def batches(root, ids, batch_size, seed, resized, start=0, sbd=None,
             n_classes=len(voc.CLASS_NAMES), pool=READERS):
     """Endless batches for training: lists of batch_size (image, labels, resized image) triples.
 
-    The first two as from `voc.load`, the third as from `network_input`.  Shuffled epochs without
+    The first two as from `voc.load`, the third as resized (Model.resized) gives it.  Shuffled epochs without
     replacement, each image mirrored left to right or not at random.  After k batches, a new
     iterator with start + k * batch_size goes on exactly there.
     """
@@ -53,7 +42,7 @@ def batches(root, ids, batch_size, seed, size, mean, start=0, sbd=None,
         image, labels = voc.load(root, ids[index], sbd, n_classes)
         if mirrored:
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
-        return image, labels, network_input(image, size, mean)
+        return image, labels, resized(image)
 
     with contextlib.closing(ahead(read, draws(len(ids), seed, start), pool,
                                   2 * batch_size)) as samples:

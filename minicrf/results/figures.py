@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.ImageFont import load_default as font
 
-from . import pictures
-from .losses import VOID
-from .voc import palette
+from ..data import pictures
+from ..data.voc import palette
+from ..losses import VOID
 
 INK, FAINT, PAPER = (30, 30, 30), (215, 215, 215), (255, 255, 255)
 BLUE, ORANGE = (0, 90, 180), (215, 95, 0)        # told apart by the colour-blind, too

@@ -1,0 +1,1 @@
+"""What comes out: checkpoints, logs, tables and pictures."""
