@@ -97,9 +97,10 @@ def example():
     df, df_one = crf.backward_logits(dz), crf.backward_logits(one)
     dscores = np.einsum("yi,yxl,xj->ijl", R_y, df, R_x)                  # (h, w, L)
     truth = np.where((y == VOID)[..., None], 255, COLOURS[np.where(y == VOID, 0, y)])
-    gradients = {"dscores": dscores, "df": df, "dz": dz, "df_one": df_one}
-    return dict(image=image, truth=truth, q=q, scores=plain.softmax(scores), f=plain.softmax(f),
-                **{name: np.linalg.norm(each, axis=-1) for name, each in gradients.items()})
+    lengths = {name: np.linalg.norm(gradient, axis=-1) for name, gradient in  # (H, W), (h, w)
+               (("dscores", dscores), ("df", df), ("dz", dz), ("df_one", df_one))}
+    return dict(lengths, image=image, truth=truth, q=q, scores=plain.softmax(scores),
+                f=plain.softmax(f))
 
 
 def heat(values, largest):
@@ -134,7 +135,6 @@ def pipeline(path, e):
     canvas.arrow((lefts[5], y), (lefts[5] - gap + 4, y), ORANGE)
     canvas.text(lefts[5] - gap / 2, top + 47, "loss", 16, BLUE)
     canvas.line((6, 226), (lefts[4] + width, 226), colour=FAINT)
-
     canvas.text(6, 20, "forward", 18, BLUE, "l")
     canvas.text(6, bottom + height + 15, "backward", 18, ORANGE, "l")
     for column, words, colour, y in ((1, "step 1: forward pass", BLUE, top + height + 22),
@@ -207,14 +207,13 @@ def lattice(path):
         dx, dy = 20 * of_point(1 - 3 * np.eye(3)[axis])
         canvas.arrow((x - dx, y + dy), (x + dx, y - dy), ORANGE, 2, 7)
         canvas.text(x + 1.5 * dx, y - 1.5 * dy, f"{axis}", 14, ORANGE)
-    for x in (*(left - 26 for left in lefts[1:]), WIDTH - SIDE - 10):    # what the mesh overran
-        canvas.box(x, 0, x + 25, 306, "white", "white")
-    canvas.box(0, 0, WIDTH, TOP - 1, "white", "white")
-    canvas.box(0, TOP + SIDE + 1, WIDTH, 306, "white", "white")
+    for box in (*((left - 26, 0, left - 1, 306) for left in lefts[1:]),  # what the mesh overran
+                (0, 0, WIDTH, TOP - 1), (0, TOP + SIDE + 1, WIDTH, 306)):
+        canvas.box(*box, "white", "white")
     response(canvas, giver, lefts[3], place(3, giver))
     for left, above, below in zip(
             lefts, ("splat", "blur, along three axes", "slice", "the same, at every pixel"),
-            ("a value goes to 3 corners", "v + (v_left + v_right) / 2",
+            ("a value goes to 3 corners", "add half of both neighbours",
              "another pixel reads 3 corners", "blue: lattice, orange: Gaussian")):
         canvas.box(left, TOP, left + SIDE, TOP + SIDE)
         canvas.text(left + SIDE / 2, 18, above, 18)
@@ -272,8 +271,8 @@ def holes(path):
     """A pool of stride 2 and taps side by side; a pool of stride 1 and taps 2 apart."""
     canvas, colours = Canvas(294), (BLUE, ORANGE)
     for left, title, stride, names in (
-            (30, "stride 2, then taps side by side", 2, ("u", "u_2i", "v")),
-            (530, "stride 1, then taps 2 cells apart", 1, ("u", "u", "v'"))):
+            (30, "stride 2, then taps side by side", 2, ("x", "x_2i", "v")),
+            (530, "stride 1, then taps 2 cells apart", 1, ("x", "x", "v'"))):
         canvas.text(left + 200, 20, title, 18)
         for y, name in zip((80, 160, 240), names):
             canvas.text(left - 14, y, name, 17)
@@ -294,10 +293,8 @@ def holes(path):
 
 def main(folder):
     e = example()
-    pipeline(folder / "pipeline.png", e)
-    marginals(folder / "marginals.png", e)
-    lattice(folder / "lattice.png")
-    holes(folder / "holes.png")
+    for draw, *what in ((pipeline, e), (marginals, e), (lattice,), (holes,)):
+        draw(folder / f"{draw.__name__}.png", *what)
 
 
 if __name__ == "__main__":
