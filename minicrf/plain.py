@@ -1,272 +1,267 @@
 """The paper on a few screens: the file to read first.  `python -m minicrf.plain` runs it.
 
-The network (Sec. 4.1), the fully connected CRF (Secs. 3.1, 4.1), learning (Sec. 3.2), both stages.
-Each backward stands below its forward; d<name> is dLoss/d<name>.  Shapes: in -> out, on the right.
-Legend: C channels, O after a convolution, k kernel size, H x W pixels, N = H*W, h x w cells,
-    L labels, M kernels, T mean-field steps, d feature dimensions.
+The network (Sec. 4.1), the loss (3.2), the fully connected CRF (3.1), both stages (Fig. 3).
+A function returns its value y and `backward`, which turns dy = dLoss/dy into that of what went in.
+Legend, shapes in -> out: C channels, O after a convolution, k kernel size, H x W pixels, N = H*W,
+    h x w cells, L labels, M kernels, T mean-field steps, d feature dimensions, c damping.
 """
 import numpy as np
 
 
-# The network (Sec. 4.1): convolutions with holes, ReLU, pooling, upsampling -----------------------
+# --- The network (Sec. 4.1) -----------------------------------------------------------------------
+def taps(x, k, stride, hole):                         # (C, H, W) -> k * k views (C, h, w)
+    """What tap (i, j) of a k x k kernel sees, row by row: its taps are `hole` cells apart."""
+    H, W = (n - hole * (k - 1) for n in x.shape[1:])
+    return [x[:, i * hole:i * hole + H:stride, j * hole:j * hole + W:stride]
+            for i, j in np.ndindex(k, k)]
 
 def conv2d(x, w, b, hole):                            # (C, H, W), (O, C, k, k), (O,) -> (O, H, W)
-    """A loop over the k x k taps, which are `hole` cells apart: y = b + sum_ij w_ij x_ij."""
+    """Convolution with holes: y = b + sum_ij w_ij x_ij over the taps."""
     k, (_, H, W) = w.shape[2], x.shape
     p = hole * (k - 1) // 2                           # zeros around x: y has its size
     x, y = np.pad(x, ((0, 0), (p, p), (p, p))), b[:, None, None]
-    for i, j in np.ndindex(k, k):
-        y = y + np.tensordot(w[:, :, i, j], x[:, i * hole:i * hole + H, j * hole:j * hole + W], 1)
-    return y
-
-
-def conv2d_backward(dy, x, w, b, hole):               # (O, H, W), ... -> dx, dw, db
-    k, (_, H, W) = w.shape[2], x.shape
-    p = hole * (k - 1) // 2
-    x = np.pad(x, ((0, 0), (p, p), (p, p)))
-    dx, dw = np.zeros_like(x), np.zeros_like(w)
-    for i, j in np.ndindex(k, k):                     # forward: y += w_ij x_ij
-        tap = np.s_[:, i * hole:i * hole + H, j * hole:j * hole + W]
-        dw[:, :, i, j] = np.tensordot(dy, x[tap], ((1, 2), (1, 2)))
-        dx[tap] += np.tensordot(w[:, :, i, j].T, dy, 1)
-    return dx[:, p:p + H, p:p + W], dw, dy.sum(axis=(1, 2))
-
+    for (i, j), x_ij in zip(np.ndindex(k, k), taps(x, k, 1, hole)):
+        y = y + np.tensordot(w[:, :, i, j], x_ij, 1)
+    def backward(dy):                                 # -> dx, dw, db
+        dx, dw = np.zeros_like(x), np.zeros_like(w)
+        for (i, j), x_ij, dx_ij in zip(np.ndindex(k, k), taps(x, k, 1, hole), taps(dx, k, 1, hole)):
+            dw[:, :, i, j] = np.tensordot(dy, x_ij, ((1, 2), (1, 2)))
+            dx_ij += np.tensordot(w[:, :, i, j].T, dy, 1)
+        return dx[:, p:p + H, p:p + W], dw, dy.sum(axis=(1, 2))
+    return y, backward
 
 def relu(x):                                          # any shape
-    return np.maximum(x, 0)
-
-
-def relu_backward(dy, x):
-    return dy * (x > 0),
-
-
-def taps(x, stride, hole):                            # (C, H, W) -> 4 views (C, h, w)
-    _, H, W = x.shape
-    return [x[:, i:H - hole + i:stride, j:W - hole + j:stride] for i in (0, hole) for j in (0, hole)]
-
+    return np.maximum(x, 0), lambda dy: (dy * (x > 0),)
 
 def max_pool2d(x, stride, hole, padding):             # (C, H, W) -> (C, h, w)
-    """The largest of 2 x 2 taps.  Stride 1 skips the downsampling; the next layers have holes."""
+    """The largest of 2 x 2 taps.  Stride 1 skips the downsampling: the next layers have holes."""
+    (_, H, W), (before, _) = x.shape, padding
     x = np.pad(x, ((0, 0), padding, padding), constant_values=-np.inf)
-    return np.max(taps(x, stride, hole), axis=0)
+    values = np.stack(taps(x, 2, stride, hole))                          # (4, C, h, w)
+    def backward(dy):                                 # to the first of the largest
+        dx, winner = np.zeros_like(x), values.argmax(axis=0)
+        for number, tap in enumerate(taps(dx, 2, stride, hole)):
+            tap += dy * (winner == number)
+        return dx[:, before:before + H, before:before + W],
+    return values.max(axis=0), backward
 
+NET = [  # layer, its geometry (hole; stride, hole, padding before and after), shape of w
+    (conv2d, (1,), (16, 3, 3, 3)), (relu, (), ()), (max_pool2d, (2, 1, (1, 1)), ()),
+    (conv2d, (1,), (24, 16, 3, 3)), (relu, (), ()), (max_pool2d, (2, 1, (1, 1)), ()),
+    (conv2d, (1,), (32, 24, 3, 3)), (relu, (), ()), (max_pool2d, (1, 1, (0, 1)), ()),
+    (conv2d, (2,), (48, 32, 3, 3)), (relu, (), ()), (conv2d, (1,), (6, 48, 1, 1))]
 
-def max_pool2d_backward(dy, x, stride, hole, padding):
-    x = np.pad(x, ((0, 0), padding, padding), constant_values=-np.inf)
-    dx, winner = np.zeros_like(x), np.argmax(taps(x, stride, hole), axis=0)
-    for number, tap in enumerate(taps(dx, stride, hole)):        # forward: y = x at the winner
-        tap += dy * (winner == number)
-    before, after = padding
-    return dx[:, before:dx.shape[1] - after, before:dx.shape[2] - after],
+def network(x, net):                                  # (3, H, W) -> scores (L, h, w)
+    backwards = []
+    for (layer, geometry, _), params in zip(NET, net):
+        x, backward = layer(x, *params, *geometry)
+        backwards.append(backward)
+    def backward(dx):                                 # -> [dw, db, dw, db, ...]
+        grads = []
+        for layer_backward in reversed(backwards):
+            dx, *dparams = layer_backward(dx)
+            grads = dparams + grads
+        return grads
+    return x, backward
 
-
-def interpolation(pixels, cells, step, centre):       # -> R (pixels, cells), two entries in a row
-    """Cell i lies at pixel step * i + centre: a tent around each; the outermost hold beyond."""
+def interpolation(pixels, cells):                     # -> R (pixels, cells), two entries a row
+    """Cell i lies at pixel step * i + centre: a tent around each; beyond them the last one holds."""
+    step, centre = 1, 0
+    for stride, hole, (before, _) in (geometry for layer, geometry, _ in NET if layer is max_pool2d):
+        step, centre = step * stride, centre + step * (hole / 2 - before)    # middle of its taps
     at = np.clip((np.arange(pixels) - centre) / step, 0, cells - 1)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells)))
 
-
 def upsample(S, R_y, R_x):                            # (L, h, w) -> (N, L)
-    """Y = R_y S R_x^T, label by label: a score for each label of each pixel."""
-    return (R_y @ S @ R_x.T).reshape(len(S), -1).T    # (L, H, W) -> (L, N) -> (N, L)
+    """Bilinear: Y = R_y S R_x^T for each label, the scores of every pixel."""
+    Y = (R_y @ S @ R_x.T).reshape(len(S), -1).T       # (L, H, W) -> (L, N) -> (N, L)
+    return Y, lambda dY: R_y.T @ dY.T.reshape(-1, len(R_y), len(R_x)) @ R_x      # (L, h, w)
 
 
-def upsample_backward(dy, R_y, R_x):                  # (N, L) -> (L, h, w)
-    return R_y.T @ dy.T.reshape(-1, len(R_y), len(R_x)) @ R_x
-
-
-CHANNELS = (3, 16, 24, 32, 6)                         # colours, hidden channels, L labels
-NET = [(conv2d, 1), (relu,), (max_pool2d, 2, 1, (1, 1)),         # layer, then its geometry:
-       (conv2d, 1), (relu,), (max_pool2d, 1, 1, (0, 1)),         # hole; stride, hole, padding
-       (conv2d, 2), (relu,), (conv2d, 1)]
-BACKWARD = {conv2d: conv2d_backward, relu: relu_backward, max_pool2d: max_pool2d_backward}
-
-
-def network(x, params):                               # (3, H, W) -> (L, h, w), each layer's input
-    inputs = []
-    for (layer, *geometry), p in zip(NET, params):
-        inputs.append(x)
-        x = layer(x, *p, *geometry)
-    return x, inputs
-
-
-def network_backward(dy, inputs, params):             # (L, h, w) -> for each layer [dw, db] or []
-    grads = []
-    for (layer, *geometry), p, x in reversed([*zip(NET, params, inputs)]):
-        dy, *dp = BACKWARD[layer](dy, x, *p, *geometry)
-        grads = [dp] + grads
-    return grads
-
-
-# The loss (Sec. 3.2) ------------------------------------------------------------------------------
-
+# --- The loss (Sec. 3.2) and the update -----------------------------------------------------------
 def log_softmax(z):                                   # (..., L) -> (..., L)
-    z = z - z.max(axis=-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
+    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
 
 def softmax(z):                                       # (..., L) -> (..., L)
     return np.exp(log_softmax(z))
 
-
 def softmax_loss(z, y):                               # (N, L), (N,) -> loss, dz (N, L)
     """Eq. 6 for q = softmax(z), over the n pixels that are not void (255), divided by n."""
     i, dz = np.flatnonzero(y != 255), np.zeros_like(z)
-    log_q, truth = log_softmax(z[i]), np.eye(z.shape[1])[y[i]]
-    dz[i] = (np.exp(log_q) - truth) / len(i)          # Eq. 8 and the softmax: q - onehot(y)
-    return -(log_q * truth).sum() / len(i), dz
+    log_q, onehot = log_softmax(z[i]), np.eye(z.shape[1])[y[i]]
+    dz[i] = (np.exp(log_q) - onehot) / len(i)         # Eq. 8 through the softmax: q - onehot(y)
+    return -(log_q * onehot).sum() / len(i), dz
+
+def sgd(params, grads, velocity, rates, momentum=0.9):           # lists of arrays, in place
+    for p, g, v, rate in zip(params, grads, velocity, rates):
+        decay = 0.0005 if p.ndim == 4 else 0          # of the network's w alone
+        v *= momentum
+        v -= rate * (g + decay * p)
+        p += v
 
 
-# The fully connected CRF (Sec. 3.1) ---------------------------------------------------------------
-
-def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N, N), K (N, N)
-    """k(i,j) = exp(-|F_i - F_j|^2 / 2), F = p / sigma (below Eq. 9), normalised, without i = j."""
+# --- The fully connected CRF (Sec. 3.1) -----------------------------------------------------------
+def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N, N)
+    """k(i,j) = exp(-|F_i - F_j|^2 / 2), F = p / sigma (below Eq. 9); normalised, j != i."""
     F = p / np.exp(log_sigma)
     K = np.exp(-sum((F_k[:, None] - F_k) ** 2 for F_k in F.T) / 2)
     n = K.sum(axis=1)                                 # paper silent: D^-1/2 K D^-1/2, D = diag(n)
-    return (K - np.eye(len(n))) / np.sqrt(n[:, None] * n), K
-
-
-def gaussian_kernel_backward(dK_hat, K_hat, K, p, log_sigma):    # (N, N), ... -> dlog_sigma (d,)
-    F, n = p / np.exp(log_sigma), K.sum(axis=1)
-    # forward: K_hat = (K - I) / sqrt(n_i n_j), n = K 1
-    dn = -((dK_hat * K_hat).sum(axis=1) + (dK_hat * K_hat).sum(axis=0)) / (2 * n)
-    dK = dK_hat / np.sqrt(n[:, None] * n) + dn[:, None]
-    # forward: K = exp(-sum_k (F_ik - F_jk)^2 / 2), F = p / sigma
-    return np.array([(dK * K * (F_k[:, None] - F_k) ** 2).sum() for F_k in F.T])
-
+    K_hat = (K - np.eye(len(n))) / np.sqrt(n[:, None] * n)
+    def backward(dK_hat):                             # -> dlog_sigma (d,)
+        dn = -((dK_hat * K_hat).sum(axis=1) + (dK_hat * K_hat).sum(axis=0)) / (2 * n)
+        dK = dK_hat / np.sqrt(n[:, None] * n) + dn[:, None]
+        return np.array([(dK * K * (F_k[:, None] - F_k) ** 2).sum() for F_k in F.T])
+    return K_hat, backward
 
 def messages(q, K, W):                                # (N, L), (M, N, N), (M, L, L) -> (N, L)
-    """sum_j,l' f_ij(l,l') q_j(l'), f_ij = sum_m mu_m k_m(i,j).  Eq. 9, Potts: W_m = mu_m = w_m I."""
+    """sum_j,l' f_ij(l,l') q_j(l') for f_ij = sum_m W_m k_m(i,j); W_m = w_m I is Potts, Eq. 9."""
     return sum(K_m @ q @ W_m for K_m, W_m in zip(K, W))
 
-
 def mean_field_one_by_one(f, K, W, sweeps):           # (N, L), ... -> q (N, L)
-    """Eq. 5 as printed: one marginal, all others fixed.  Never further from p (Eq. 4)."""
+    """Eq. 5 as printed: each marginal in turn, all others fixed, which never raises Eq. 4's KL."""
     q = softmax(f)
     for i in [*range(len(f))] * sweeps:
         q[i] = softmax(f[i] + messages(q, K[:, i], W))
     return q
 
-
 def log_marginals(z, c):                              # (N, L) -> u = log q (N, L)
-    """Solves u + c q = z - lambda, sum_l q = 1 for each pixel by Newton's method; c = 0: softmax."""
+    """u + c q = z - lambda, sum_l q = 1, by Newton's method for each pixel; c = 0: log_softmax."""
     u = log_softmax(z / (1 + c))
     lam = (z - u - c * np.exp(u)).mean(axis=1, keepdims=True)
-    for _ in range(20 if c else 0):
+    for _ in range(20 if c else 0):                   # r and s: what is left of the two equations
         q = np.exp(u)
-        h, r = q / (1 + c * q), z - u - c * q - lam
-        dlam = ((h * r).sum(1, keepdims=True) - 1 + q.sum(1, keepdims=True)) / h.sum(1, keepdims=True)
+        h, r, s = q / (1 + c * q), z - u - c * q - lam, 1 - q.sum(axis=1, keepdims=True)
+        dlam = ((h * r).sum(axis=1, keepdims=True) - s) / h.sum(axis=1, keepdims=True)
         u, lam = u + (r - dlam) / (1 + c * q), lam + dlam
-    return u
+    q = np.exp(u)
+    def backward(du):                                 # (1 + c q) du = dz - dlambda, sum_l q du = 0
+        h, g = q / (1 + c * q), du / (1 + c * q)
+        return g - h * g.sum(axis=1, keepdims=True) / h.sum(axis=1, keepdims=True)
+    return u, backward
 
-
-def log_marginals_backward(du, q, c):                 # (N, L) -> dz (N, L)
-    # forward: (1 + c q) du = dz - dlambda, sum_l q du = 0
-    h, g = q / (1 + c * q), du / (1 + c * q)
-    return g - h / h.sum(axis=1, keepdims=True) * g.sum(axis=1, keepdims=True)
-
-
-def mean_field(f, K, W, T=5, c=0):                    # (N, L), ... -> log q^T, [q^0 .. q^T]
-    """All marginals at once: q^t = softmax(f + messages).  c > 0, damped: CCCP, which converges."""
-    q = [softmax(f)]
+def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L, L) -> u = log q^T
+    """All at once, q^t = softmax(f + messages).  It may swing; damped (CCCP), c > 0, it settles."""
+    u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
+    q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
-        u = log_marginals(f + messages(q[t - 1], K, W) + c * q[t - 1], c)
-        q.append(np.exp(u))
-    return u, q
+        u, back = log_marginals(f + messages(q[t - 1], K, W) + c * q[t - 1], c)
+        q, into_z = q + [np.exp(u)], into_z + [back]
+    def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
+        df, dK, dW = np.zeros_like(f), np.zeros_like(K), np.zeros_like(W)
+        for t in range(T, 0, -1):                     # Fig. 3, step 3
+            dz = into_z[t](du)                        # z = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            df += dz
+            for m in range(len(K)):
+                dK[m] += dz @ (q[t - 1] @ W[m]).T
+                dW[m] += (K[m] @ q[t - 1]).T @ dz
+            dq = sum(K_m.T @ dz @ W_m.T for K_m, W_m in zip(K, W)) + c * dz
+            du = q[t - 1] * dq                        # q = exp u
+        return df + into_z[0](du), dK, dW
+    return u, backward
 
-
-def mean_field_backward(du, q, K, W, c=0):            # (N, L), ... -> df (N, L), dK, dW
-    """Fig. 3, step 3: from du = dLoss/dlog q^T, q - onehot(y) by Eq. 6, back through t = T..1."""
-    df, dK, dW = np.zeros_like(du), np.zeros_like(K), np.zeros_like(W)
-    for t in range(len(q) - 1, 0, -1):
-        dz = log_marginals_backward(du, q[t], c)
-        # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
-        df += dz
-        for m in range(len(K)):
-            dK[m] += dz @ (q[t - 1] @ W[m]).T
-            dW[m] += (K[m] @ q[t - 1]).T @ dz
-        dq = sum(K_m.T @ dz @ W_m.T for K_m, W_m in zip(K, W)) + c * dz
-        du = q[t - 1] * dq
-    # forward: q^0 = softmax(f)
-    return df + log_marginals_backward(du, q[0], 0), dK, dW
-
-
-def simplex(F_i):                                     # (d,) -> d + 1 lattice points and weights
-    """The corners of the permutohedral lattice's simplex around a feature [Adams 2010]."""
+def simplex(F_i):                                     # (d,) -> lattice points, their weights
+    """The corners around a feature in the permutohedral lattice [Adams 2010]: floor(a + lambda)
+    visits them while lambda runs from 0 to 1, and a corner's weight is how long it stays there."""
     d = len(F_i)
-    basis = np.array([[1.] * j + [-j] + [0] * (d - j) for j in range(1, d + 1)])     # (d, d + 1)
-    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
-    place = F_i @ basis * np.sqrt(2 / 3) * (d + 1)    # coordinates that sum to 0
-    cell = (d + 1) * np.rint(place / (d + 1))         # corner 0, once its coordinates sum to 0:
-    while cell.sum() > 0:
-        cell[np.argmin(place - cell)] -= d + 1
-    while cell.sum() < 0:
-        cell[np.argmax(place - cell)] += d + 1
-    order = np.argsort(cell - place)                  # of the axes, furthest from corner 0 first
-    offset = (place - cell)[order] / (d + 1)
-    corners = [cell + r for r in range(d + 1)]        # corner r: the last r axes are one cell back
-    for r in range(d + 1):
-        corners[r][order[d + 1 - r:]] -= d + 1
-    return corners, [1 + offset[-1] - offset[0], *-np.diff(offset)[::-1]]
-
+    axes = np.array([[1.] * j + [-j] + [0] * (d - j) for j in range(1, d + 1)])      # (d, d + 1)
+    a = F_i @ (axes / np.linalg.norm(axes, axis=1, keepdims=True)) * np.sqrt(2 / 3)  # sum 0
+    leaves = np.floor(a) + 1 - a                      # lambda at which each coordinate moves on
+    times = np.append(0, np.sort(leaves))             # the last point is the first, a round later
+    corners = [np.floor(a) + (leaves <= time) for time in times]
+    return [tuple((d + 1) * n - n.sum()) for n in corners], np.diff(np.append(times, 1))
 
 def lattice_filter(F, values):                        # (N, d), (N, C) -> about K values (N, C)
-    """K in O(N), without its matrix; the lattice is a dictionary: point -> row of values."""
+    """O(N) instead of K's O(N^2): splat, blur, slice on a dictionary, point -> row of values."""
     d, lattice = F.shape[1], {}
-    places = [[(tuple(corner), b) for corner, b in zip(*simplex(F_i))] for F_i in F]
-    for place, value in zip(places, values):          # splat
-        for point, b in place:
-            lattice[point] = lattice.get(point, 0) + b * value
-    for axis in range(d + 1):                         # blur
-        step = 1 - (d + 1) * np.eye(d + 1)[axis]
+    corners = [[*zip(*simplex(F_i))] for F_i in F]
+    for at, value in zip(corners, values):            # splat
+        for point, weight in at:
+            lattice[point] = lattice.get(point, 0) + weight * value
+    for step in 1 - (d + 1) * np.eye(d + 1):          # blur along each axis
         lattice = {point: v + (lattice.get(tuple(point + step), 0)
                                + lattice.get(tuple(point - step), 0)) / 2
                    for point, v in lattice.items()}
-    return np.array([sum(b * lattice[point] for point, b in place)       # slice
-                     for place in places]) / (1 + 2. ** -d)
+    sliced = np.array([sum(weight * lattice[point] for point, weight in at) for at in corners])
+    return sliced / (1 + 2. ** -d)
 
 
-# Both stages (Fig. 3) -----------------------------------------------------------------------------
+# --- Both stages (Fig. 3) -------------------------------------------------------------------------
+def unary(image, net, crf=None):                      # (H, W, 3) -> scores f (N, L)
+    scores, into_net = network(image.transpose(2, 0, 1) / 60 - 2, net)   # of (3, H, W)
+    f, into_scores = upsample(scores, *map(interpolation, image.shape, scores.shape[1:]))
+    return f, lambda df: into_net(into_scores(df))
 
-def alignment():                                      # -> step, centre of the cells, in pixels
-    step, centre = 1, 0
-    for layer, *geometry in NET:
-        if layer is max_pool2d:                       # the middle of its two taps
-            stride, hole, (before, _) = geometry
-            centre, step = centre + step * (hole / 2 - before), step * stride
-    return step, centre
-
-
-def unary(image, net):                                # (H, W, 3) -> scores f (N, L), backward
-    scores, inputs = network(image.transpose(2, 0, 1) / 60 - 2, net)     # (3, H, W)
-    R = [interpolation(n, m, *alignment()) for n, m in zip(image.shape, scores.shape[1:])]
-
-    def backward(df):
-        return network_backward(upsample_backward(df, *R), inputs, net)
-    return upsample(scores, *R), backward
-
-
-def joint(image, net, crf):                           # (H, W, 3) -> log-marginals (N, L), backward
-    (f, unary_backward), (w, *log_sigmas) = unary(image, net), crf
-    y, x = np.indices(image.shape[:2]).reshape(2, -1)                    # (N,)
-    position = np.stack([x, y], axis=1)
-    features = position, np.hstack([position, image.reshape(-1, 3)])     # (N, 2), (N, 5)
-    kernels = [gaussian_kernel(p, log_sigma) for p, log_sigma in zip(features, log_sigmas)]
-    K, W = np.stack([K_hat for K_hat, _ in kernels]), w[:, None, None] * np.eye(f.shape[1])
-    u, q = mean_field(f, K, W)
-
-    def backward(du):
-        df, dK, dW = mean_field_backward(du, q, K, W)
-        dw = np.trace(dW, axis1=1, axis2=2)
-        dlog_sigmas = [gaussian_kernel_backward(dK_m, *kernel, p, log_sigma) for
-                       dK_m, kernel, p, log_sigma in zip(dK, kernels, features, log_sigmas)]
-        return unary_backward(df), [dw, *dlog_sigmas]
+def joint(image, net, crf):                           # (H, W, 3) -> u = log q^T (N, L)
+    f, into_net = unary(image, net)                                      # Fig. 3, step 1
+    y, x = np.indices(image.shape[:2])
+    p = np.column_stack([x.ravel(), y.ravel(), image.reshape(-1, 3)])    # (N, 5): x, y, R, G, B
+    K, into_sigma = zip(*map(gaussian_kernel, (p[:, :2], p), crf[1:]))
+    W = crf[0][:, None, None] * np.eye(f.shape[1])                       # Potts
+    u, into_crf = mean_field(f, np.stack(K), W)                          # step 2
+    def backward(du):                                 # -> of the network, w, log sigmas
+        df, dK, dW = into_crf(du)                                        # step 3
+        dlog_sigmas = [into(dK_m) for into, dK_m in zip(into_sigma, dK)]
+        return into_net(df) + [np.trace(dW, axis1=1, axis2=2), *dlog_sigmas]     # step 4
     return u, backward
 
+def train(stage, net, crf, pictures, rates, steps, rng):
+    params = sum(net, []) + crf
+    velocity, losses = [np.zeros_like(p) for p in params], []
+    for step in range(1, steps + 1):
+        image, y = pictures[rng.integers(len(pictures))]
+        u, backward = stage(image, net, crf)
+        loss, du = softmax_loss(u, y)
+        sgd(params, backward(du), velocity, rates)                       # step 5
+        np.maximum(crf[0], 0, out=crf[0])             # convergence asks for w >= 0
+        losses.append(loss)
+        if step % (steps // 5) == 0:
+            print(f"  step {step:4}, mean loss since {np.mean(losses[-steps // 5:]):.3f}")
 
-def sgd(params, grads, velocity, rate, decay=0.0005, momentum=0.9):
-    for p, g, v in zip(params, grads, velocity):      # in place
-        v *= momentum
-        v -= rate * (g + decay * p)
-        p += v
+def evaluate(stage, net, crf, pictures):              # -> "loss, IoU", mean IoU in percent
+    counts, losses = np.zeros((6, 6)), []
+    for image, y in pictures:
+        u, _ = stage(image, net, crf)
+        losses.append(softmax_loss(u, y)[0])
+        np.add.at(counts, (y[y != 255], u.argmax(axis=1)[y != 255]), 1)
+    hits = counts.diagonal()
+    iou = 100 * np.mean(hits / (counts.sum(axis=0) + counts.sum(axis=1) - hits))
+    return f"loss {np.mean(losses):.3f}, IoU {iou:.1f}%", iou
+
+def gradient_error(image, y, net, crf, rng, h=1e-6):  # along a random direction, relative
+    params = sum(net, []) + crf
+    direction = [rng.normal(size=p.shape) for p in params]
+    def loss(step):
+        for p, v in zip(params, direction):
+            p += step * v
+        return softmax_loss(joint(image, net, crf)[0], y)[0]
+    u, backward = joint(image, net, crf)
+    grads = backward(softmax_loss(u, y)[1])
+    expected, found = (loss(h) - loss(-2 * h)) / (2 * h), sum(map(np.vdot, grads, direction))
+    loss(h)                                           # back where they were
+    return abs(found - expected) / (abs(found) + abs(expected))
+
+def main(seed=0):
+    from minicrf.toy import picture
+    rng = np.random.default_rng(seed)
+    drawn = [picture(rng, 24, 32) for _ in range(460)]
+    pictures = [(image.astype(float), labels.ravel()) for image, labels in drawn]
+    learning, held_out = pictures[60:], pictures[:60]
+    net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
+           for _, _, s in NET]
+    crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
+    print("400 drawn pictures of 24 x 32 pixels to learn from, 60 held out; 6 labels")
+    print("stage 1, unary: the network alone")
+    for steps, rate in ((2400, 0.01), (600, 0.001)):
+        train(unary, net, crf, learning, [rate] * 10, steps, rng)
+    before, iou = evaluate(unary, net, crf, held_out)
+    print(f"  held out: {before}")
+    print(f"CRF put on it, nothing learned: {evaluate(joint, net, crf, held_out)[0]}")
+    print(f"gradient against differences: {gradient_error(*held_out[0], net, crf, rng):.1e} off")
+    print("stage 2, joint: network and CRF together")
+    train(joint, net, crf, learning, [0.0001] * 10 + [0.02] * 3, 100, rng)
+    after, joint_iou = evaluate(joint, net, crf, held_out)
+    print(f"  held out: {after}\nIoU: unary {iou:.1f}%, joint {joint_iou:.1f}%")
+
+
+if __name__ == "__main__":
+    main()
