@@ -2,8 +2,9 @@
 
     python tests/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png and
                                              holes.png (default: into .github)
-Legend: H x W pixels, h x w cells, L labels.
+Legend: H x W pixels, h x w cells, L labels; colours mix in proportion to marginals.
 """
+import itertools
 import pathlib
 import re
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from minicrf import DenseCRF, PermutohedralLattice, plain   # noqa: E402
 from minicrf.data import toy, voc   # noqa: E402
+from minicrf.layers import BilinearUpsample   # noqa: E402
 from minicrf.losses import VOID, softmax_loss   # noqa: E402
 
 WIDTH, FINE = 960, 3            # pixels of a picture; how much larger it is drawn, then reduced
@@ -35,13 +37,13 @@ class Canvas:
         self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), "white")
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, x, y, words, size=16, colour=INK, anchor="m"):
-        """Words centred on x ("m"), or starting ("l") or ending ("r") there; ^ raises, _ lowers."""
+    def text(self, x, y, words, size=16, colour=INK, centred=True):
+        """Words centred on x, or starting there; ^ raises, _ lowers."""
         parts = [(part.lstrip("^_"), {"^": -0.4, "_": 0.25}.get(part[0], 0))
                  for part in re.findall(r"[\^_]\w+|[^\^_]+", words)]
         fonts = [font((0.72 if shift else 1) * size * FINE) for _, shift in parts]
         lengths = [each.getlength(part) for (part, _), each in zip(parts, fonts)]
-        x = x * FINE - {"l": 0, "m": sum(lengths) / 2, "r": sum(lengths)}[anchor]
+        x = x * FINE - centred * sum(lengths) / 2
         for (part, shift), each, length in zip(parts, fonts, lengths):
             self.draw.text((x, (y + shift * size) * FINE), part, colour, each, "lm")
             x += length
@@ -85,7 +87,7 @@ def example():
     truth = np.eye(6)[np.where(y == VOID, 0, y)]                         # (H, W, L)
     cells = truth.reshape(12, 8, 16, 8, 6).mean(axis=(1, 3))             # (h, w, L), 8 pixels each
     scores = 3 * cells + 0.9 * rng.standard_normal(cells.shape)
-    R_y, R_x = plain.interpolation(96, 12, 8, 3.5), plain.interpolation(128, 16, 8, 3.5)
+    R_y, R_x = (BilinearUpsample(8, 3.5, n).matrix(n, n // 8, scores) for n in (96, 128))
     f = np.einsum("yi,ijl,xj->yxl", R_y, scores, R_x)                    # (H, W, L)
     q = []
     for T in range(6):
@@ -116,7 +118,7 @@ def pipeline(path, e):
     lefts = [6 + i * (width + gap) for i in range(6)]
     forward = {"image": e["image"], "network": None, "scores": e["scores"] @ COLOURS,
                "f, upsampled": e["f"] @ COLOURS, "q^5 of the CRF": e["q"][-1] @ COLOURS,
-               "truth y": e["truth"]}                    # marginals mix their labels' colours
+               "truth y": e["truth"]}
     backward = {"": None, "dw of each layer": None,
                 **{words: heat(e[name], 0.6 * e[name].max()) for words, name in
                    (("dscores", "dscores"), ("df", "df"), ("dz^5 = q^5 - onehot(y)", "dz"))}}
@@ -131,12 +133,11 @@ def pipeline(path, e):
     for left in lefts[2:5]:
         canvas.arrow((left - 4, bottom + 47), (left - gap + 4, bottom + 47), ORANGE)
     x, y = lefts[5] + width / 2, bottom + 47             # the loss: forward turns into backward
-    canvas.line((x, top + height + 6), (x, y), (lefts[5], y), colour=ORANGE, width=2.5)
-    canvas.arrow((lefts[5], y), (lefts[5] - gap + 4, y), ORANGE)
-    canvas.text(lefts[5] - gap / 2, top + 47, "loss", 16, BLUE)
-    canvas.line((6, 226), (lefts[4] + width, 226), colour=FAINT)
-    canvas.text(6, 20, "forward", 18, BLUE, "l")
-    canvas.text(6, bottom + height + 15, "backward", 18, ORANGE, "l")
+    canvas.line((x, top + height + 6), (x, y), (x - 9, y), colour=ORANGE, width=2.5)
+    canvas.arrow((x, y), (lefts[5] - gap + 4, y), ORANGE)
+    canvas.text(lefts[5] - gap / 2, top + 47, "loss", colour=BLUE)
+    for y, words, colour in ((20, "forward", BLUE), (bottom + height + 15, "backward", ORANGE)):
+        canvas.text(6, y, words, 18, colour, centred=False)
     for column, words, colour, y in ((1, "step 1: forward pass", BLUE, top + height + 22),
                                      (4, "step 2: marginals by filtering", BLUE, top + height + 22),
                                      (4, "step 3: back-tracking, t = 5 .. 1", ORANGE, bottom - 22),
@@ -186,25 +187,23 @@ def lattice(path):
     def place(panel, feature):
         return (lefts[panel] + SIDE / 2 + feature[0] * SCALE, TOP + SIDE / 2 - feature[1] * SCALE)
 
-    splatted = {tuple(corner): b for corner, b in zip(*plain.simplex(giver))}
-    for panel, values in enumerate((splatted, blurred(splatted), blurred(splatted))):
+    after = blurred(corners(giver))
+    for panel, values in enumerate((corners(giver), after, after)):
         mesh(canvas, lambda feature: place(panel, feature), lefts[panel])
         for feature in pixels:
             canvas.disc(*place(panel, feature), 2, GREY)
         for point, value in values.items():
             colour = (150, 185, 220) if panel == 2 else BLUE
             canvas.disc(*place(panel, of_point(point)), 15 * np.sqrt(value), colour)
-    for panel, feature, colour in ((0, giver, BLUE), (2, taker, ORANGE)):
-        for corner, b in zip(*plain.simplex(feature)):
+    for panel, feature, colour in ((0, giver, BLUE), (2, taker, ORANGE), (1, giver, BLUE)):
+        for corner, b in corners(feature).items() if panel != 1 else ():
             x, y = place(panel, of_point(corner))
             canvas.line(place(panel, feature), (x, y), colour=colour, width=2.5)
-            if panel == 0:
-                canvas.text(x + 26, y - 12, f"{b:.2f}", 15)
-    for panel, feature, colour in ((0, giver, BLUE), (1, giver, BLUE), (2, taker, ORANGE)):
+            canvas.text(x + 26, y - 12, f"{b:.2f}" if panel == 0 else "", 15)
         canvas.disc(*place(panel, feature), 5.5, "white", colour, 2.5)
     x, y = lefts[1] + 34, TOP + SIDE - 34
-    for axis in range(3):
-        dx, dy = 20 * of_point(1 - 3 * np.eye(3)[axis])
+    for axis, step in enumerate(1 - 3 * np.eye(3)):
+        dx, dy = 20 * of_point(step)
         canvas.arrow((x - dx, y + dy), (x + dx, y - dy), ORANGE, 2, 7)
         canvas.text(x + 1.5 * dx, y - 1.5 * dy, f"{axis}", 14, ORANGE)
     for box in (*((left - 26, 0, left - 1, 306) for left in lefts[1:]),  # what the mesh overran
@@ -219,6 +218,14 @@ def lattice(path):
         canvas.text(left + SIDE / 2, 18, above, 18)
         canvas.text(left + SIDE / 2, TOP + SIDE + 20, below)
     canvas.save(path)
+
+
+def corners(feature):
+    """The lattice points around a feature (2,) and its weights for them: {point (3,): weight}."""
+    weights = {}
+    for point, weight in zip(*plain.simplex(feature)):   # a point may come twice
+        weights[point] = weights.get(point, 0) + weight
+    return weights
 
 
 def blurred(values):
@@ -237,14 +244,11 @@ def of_point(point):
 
 def mesh(canvas, place, left):
     """The lattice's lines, somewhat beyond a square."""
-    for point in np.ndindex(9, 9):
-        point = np.array([3, 0, -3]) * (point[0] - 4) + np.array([0, 3, -3]) * (point[1] - 4)
-        for remainder in range(3):                       # remainder r: from (1, 1, -2) r on
-            corner = point + remainder * np.array([1, 1, -2])
-            for step in 1 - 3 * np.eye(3):
-                ends = place(of_point(corner)), place(of_point(corner + step))
-                if all(left - 24 < x < left + SIDE + 24 for x, _ in ends):
-                    canvas.line(*ends, colour=FAINT)
+    for a, b in itertools.product(range(-12, 13), repeat=2):
+        for step in 1 - 3 * np.eye(3) if (a - b) % 3 == 0 else ():       # equal remainders
+            ends = place(of_point([a, b, -a - b])), place(of_point([a, b, -a - b] + step))
+            if all(left - 24 < x < left + SIDE + 24 for x, _ in ends):
+                canvas.line(*ends, colour=FAINT)
 
 
 def response(canvas, giver, left, centre):
@@ -255,12 +259,10 @@ def response(canvas, giver, left, centre):
     values = np.zeros((len(F) + 1, 1))
     values[0] = 1
     got = PermutohedralLattice(np.vstack([giver, F])).filter(values)[1:].reshape(n, n)
-    canvas.paste(255 - np.clip(got, 0, 1)[..., None] * 0.7 * (255 - np.array(BLUE)), left, TOP,
-                 SIDE)
+    canvas.paste(255 - 0.7 * got[..., None] * (255 - np.array(BLUE)), left, TOP, SIDE)
     for level in (0.75, 0.5, 0.25):
-        inside = np.pad(got > level, 3)
-        near = [np.roll(inside, shift, axis) for shift in (-2, 2) for axis in (0, 1)]
-        edge = (np.any(near, axis=0) & ~np.all(near, axis=0))[3:-3, 3:-3]            # (n, n)
+        inside = got > level                                             # (n, n)
+        edge = (inside != np.roll(inside, 4, axis=0)) | (inside != np.roll(inside, 4, axis=1))
         canvas.image.paste(BLUE, (round(left * FINE), TOP * FINE), Image.fromarray(edge))
         radius = np.sqrt(-2 * np.log(level)) * SCALE
         canvas.disc(*centre, radius, None, ORANGE)
@@ -286,8 +288,8 @@ def holes(path):
             for tap in (i - 2, i, i + 2):                # the same three weights everywhere
                 canvas.line((xs[i], 231), (xs[tap], 169), colour=colours[i % 2], width=1.6)
             canvas.disc(xs[i], 240, 8, colours[i % 2])
-    canvas.text(WIDTH / 2 - 20, 276, "blue: the same numbers in both", 16, BLUE, "r")
-    canvas.text(WIDTH / 2 + 20, 276, "orange: the cells in between", 16, ORANGE, "l")
+    canvas.text(WIDTH * 0.36, 276, "blue: the same numbers in both", 16, BLUE)
+    canvas.text(WIDTH * 0.64, 276, "orange: the cells in between", 16, ORANGE)
     canvas.save(path)
 
 
