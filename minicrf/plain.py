@@ -3,22 +3,17 @@
 The network (Sec. 4.1), the loss (3.2), the fully connected CRF (3.1), both stages (Fig. 3).
 A function returns its value y and `backward`, which turns dy = dLoss/dy into that of what went in.
 Legend, shapes in -> out: C channels, O after a convolution, k kernel size, H x W pixels, N = H*W,
-    h x w cells, L labels, M kernels, T mean-field steps, d feature dimensions, c damping.
-"""
+    h x w cells, L labels, M kernels, T mean-field steps, d feature dimensions, c damping."""
 import numpy as np
-
 
 # --- The network (Sec. 4.1) -----------------------------------------------------------------------
 def taps(x, k, stride, hole):                         # (C, H, W) -> k * k views (C, h, w)
-    """What tap (i, j) of a k x k kernel sees, row by row: its taps are `hole` cells apart."""
     H, W = (n - hole * (k - 1) for n in x.shape[1:])
-    return [x[:, i * hole:i * hole + H:stride, j * hole:j * hole + W:stride]
-            for i, j in np.ndindex(k, k)]
+    return [x[:, i*hole:i*hole + H:stride, j*hole:j*hole + W:stride] for i, j in np.ndindex(k, k)]
 
 def conv2d(x, w, b, hole):                            # (C, H, W), (O, C, k, k), (O,) -> (O, H, W)
     """Convolution with holes: y = b + sum_ij w_ij x_ij over the taps."""
-    k, (_, H, W) = w.shape[2], x.shape
-    p = hole * (k - 1) // 2                           # zeros around x: y has its size
+    (_, H, W), k, p = x.shape, w.shape[2], hole * (w.shape[2] - 1) // 2  # p zeros around x
     x, y = np.pad(x, ((0, 0), (p, p), (p, p))), b[:, None, None]
     for (i, j), x_ij in zip(np.ndindex(k, k), taps(x, k, 1, hole)):
         y = y + np.tensordot(w[:, :, i, j], x_ij, 1)
@@ -65,23 +60,20 @@ def network(x, net):                                  # (3, H, W) -> scores (L, 
     return x, backward
 
 def interpolation(pixels, cells):                     # -> R (pixels, cells), two entries a row
-    """Cell i lies at pixel step * i + centre: a tent around each; beyond them the last one holds."""
+    """Cell i lies at pixel step * i + centre: a tent around each, flat beyond the last."""
     step, centre = 1, 0
-    for stride, hole, (before, _) in (geometry for layer, geometry, _ in NET if layer is max_pool2d):
+    for stride, hole, (before, _) in (shape for layer, shape, _ in NET if layer is max_pool2d):
         step, centre = step * stride, centre + step * (hole / 2 - before)    # middle of its taps
     at = np.clip((np.arange(pixels) - centre) / step, 0, cells - 1)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells)))
-
 def upsample(S, R_y, R_x):                            # (L, h, w) -> (N, L)
     """Bilinear: Y = R_y S R_x^T for each label, the scores of every pixel."""
     Y = (R_y @ S @ R_x.T).reshape(len(S), -1).T       # (L, H, W) -> (L, N) -> (N, L)
     return Y, lambda dY: R_y.T @ dY.T.reshape(-1, len(R_y), len(R_x)) @ R_x      # (L, h, w)
 
-
 # --- The loss (Sec. 3.2) and the update -----------------------------------------------------------
 def log_softmax(z):                                   # (..., L) -> (..., L)
     return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
-
 def softmax(z):                                       # (..., L) -> (..., L)
     return np.exp(log_softmax(z))
 
@@ -94,11 +86,8 @@ def softmax_loss(z, y):                               # (N, L), (N,) -> loss, dz
 
 def sgd(params, grads, velocity, rates, momentum=0.9):           # lists of arrays, in place
     for p, g, v, rate in zip(params, grads, velocity, rates):
-        decay = 0.0005 if p.ndim == 4 else 0          # of the network's w alone
-        v *= momentum
-        v -= rate * (g + decay * p)
+        v[...] = momentum * v - rate * (g + 0.0005 * (p.ndim == 4) * p)  # decay: convolutions' w
         p += v
-
 
 # --- The fully connected CRF (Sec. 3.1) -----------------------------------------------------------
 def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N, N)
@@ -113,43 +102,38 @@ def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N
         return np.array([(dK * K * (F_k[:, None] - F_k) ** 2).sum() for F_k in F.T])
     return K_hat, backward
 
-def messages(q, K, W):                                # (N, L), (M, N, N), (M, L, L) -> (N, L)
-    """sum_j,l' f_ij(l,l') q_j(l') for f_ij = sum_m W_m k_m(i,j); W_m = w_m I is Potts, Eq. 9."""
-    return sum(K_m @ q @ W_m for K_m, W_m in zip(K, W))
-
-def mean_field_one_by_one(f, K, W, sweeps):           # (N, L), ... -> q (N, L)
-    """Eq. 5 as printed: each marginal in turn, all others fixed, which never raises Eq. 4's KL."""
+def mean_field_one_by_one(f, K, W, sweeps):           # (N, L), (M, N, N), (M, L, L) -> q (N, L)
+    """Eq. 5 as printed, one marginal, all others fixed; f_ij = sum_m W_m k_m(i,j), Potts w_m I."""
     q = softmax(f)
     for i in [*range(len(f))] * sweeps:
-        q[i] = softmax(f[i] + messages(q, K[:, i], W))
+        q[i] = softmax(f[i] + sum(K_m[i] @ q @ W_m for K_m, W_m in zip(K, W)))
     return q
 
 def log_marginals(z, c):                              # (N, L) -> u = log q (N, L)
     """u + c q = z - lambda, sum_l q = 1, by Newton's method for each pixel; c = 0: log_softmax."""
     u = log_softmax(z / (1 + c))
-    lam = (z - u - c * np.exp(u)).mean(axis=1, keepdims=True)
-    for _ in range(20 if c else 0):                   # r and s: what is left of the two equations
+    for _ in range(20 if c else 1):
         q = np.exp(u)
-        h, r, s = q / (1 + c * q), z - u - c * q - lam, 1 - q.sum(axis=1, keepdims=True)
-        dlam = ((h * r).sum(axis=1, keepdims=True) - s) / h.sum(axis=1, keepdims=True)
-        u, lam = u + (r - dlam) / (1 + c * q), lam + dlam
-    q = np.exp(u)
+        h, r = q / (1 + c * q), z - u - c * q
+        lam = ((h * r + q).sum(axis=1, keepdims=True) - 1) / h.sum(axis=1, keepdims=True)
+        u = u + (r - lam) / (1 + c * q)
     def backward(du):                                 # (1 + c q) du = dz - dlambda, sum_l q du = 0
-        h, g = q / (1 + c * q), du / (1 + c * q)
+        g = du / (1 + c * q)
         return g - h * g.sum(axis=1, keepdims=True) / h.sum(axis=1, keepdims=True)
     return u, backward
 
 def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L, L) -> u = log q^T
-    """All at once, q^t = softmax(f + messages).  It may swing; damped (CCCP), c > 0, it settles."""
+    """All marginals at once.  c = 0: q^t = softmax(z^t), which may swing; c > 0: CCCP settles."""
     u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
     q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
-        u, back = log_marginals(f + messages(q[t - 1], K, W) + c * q[t - 1], c)
+        z = f + sum(K_m @ q[t - 1] @ W_m for K_m, W_m in zip(K, W)) + c * q[t - 1]
+        u, back = log_marginals(z, c)
         q, into_z = q + [np.exp(u)], into_z + [back]
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
         df, dK, dW = np.zeros_like(f), np.zeros_like(K), np.zeros_like(W)
         for t in range(T, 0, -1):                     # Fig. 3, step 3
-            dz = into_z[t](du)                        # z = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            dz = into_z[t](du)                        # forward: u^t = log q^t of z^t
             df += dz
             for m in range(len(K)):
                 dK[m] += dz @ (q[t - 1] @ W[m]).T
@@ -169,21 +153,17 @@ def simplex(F_i):                                     # (d,) -> lattice points, 
     times = np.append(0, np.sort(leaves))             # the last point is the first, a round later
     corners = [np.floor(a) + (leaves <= time) for time in times]
     return [tuple((d + 1) * n - n.sum()) for n in corners], np.diff(np.append(times, 1))
-
 def lattice_filter(F, values):                        # (N, d), (N, C) -> about K values (N, C)
     """O(N) instead of K's O(N^2): splat, blur, slice on a dictionary, point -> row of values."""
     d, lattice = F.shape[1], {}
     corners = [[*zip(*simplex(F_i))] for F_i in F]
-    for at, value in zip(corners, values):            # splat
-        for point, weight in at:
-            lattice[point] = lattice.get(point, 0) + weight * value
-    for step in 1 - (d + 1) * np.eye(d + 1):          # blur along each axis
-        lattice = {point: v + (lattice.get(tuple(point + step), 0)
-                               + lattice.get(tuple(point - step), 0)) / 2
-                   for point, v in lattice.items()}
-    sliced = np.array([sum(weight * lattice[point] for point, weight in at) for at in corners])
-    return sliced / (1 + 2. ** -d)
-
+    for at, value in zip(corners, values):            # splat, each value on its corners
+        for x, b in at:
+            lattice[x] = lattice.get(x, 0) + b * value
+    for step in 1 - (d + 1) * np.eye(d + 1):          # blur along each axis; then slice
+        lattice = {x: v + (lattice.get(tuple(x + step), 0) + lattice.get(tuple(x - step), 0)) / 2
+                   for x, v in lattice.items()}
+    return np.array([sum(b * lattice[x] for x, b in at) for at in corners]) / (1 + 2. ** -d)
 
 # --- Both stages (Fig. 3) -------------------------------------------------------------------------
 def unary(image, net, crf=None):                      # (H, W, 3) -> scores f (N, L)
@@ -196,8 +176,7 @@ def joint(image, net, crf):                           # (H, W, 3) -> u = log q^T
     y, x = np.indices(image.shape[:2])
     p = np.column_stack([x.ravel(), y.ravel(), image.reshape(-1, 3)])    # (N, 5): x, y, R, G, B
     K, into_sigma = zip(*map(gaussian_kernel, (p[:, :2], p), crf[1:]))
-    W = crf[0][:, None, None] * np.eye(f.shape[1])                       # Potts
-    u, into_crf = mean_field(f, np.stack(K), W)                          # step 2
+    u, into_crf = mean_field(f, np.stack(K), crf[0][:, None, None] * np.eye(6))      # step 2; Potts
     def backward(du):                                 # -> of the network, w, log sigmas
         df, dK, dW = into_crf(du)                                        # step 3
         dlog_sigmas = [into(dK_m) for into, dK_m in zip(into_sigma, dK)]
@@ -217,51 +196,45 @@ def train(stage, net, crf, pictures, rates, steps, rng):
         if step % (steps // 5) == 0:
             print(f"  step {step:4}, mean loss since {np.mean(losses[-steps // 5:]):.3f}")
 
-def evaluate(stage, net, crf, pictures):              # -> "loss, IoU", mean IoU in percent
-    counts, losses = np.zeros((6, 6)), []
+def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
+    counts, losses = np.zeros((6, 6)), []             # counts: true label, label found
     for image, y in pictures:
         u, _ = stage(image, net, crf)
         losses.append(softmax_loss(u, y)[0])
         np.add.at(counts, (y[y != 255], u.argmax(axis=1)[y != 255]), 1)
-    hits = counts.diagonal()
-    iou = 100 * np.mean(hits / (counts.sum(axis=0) + counts.sum(axis=1) - hits))
-    return f"loss {np.mean(losses):.3f}, IoU {iou:.1f}%", iou
+    iou = 100 * np.mean(counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal()))
+    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on 50 held out")
+    return iou
 
-def gradient_error(image, y, net, crf, rng, h=1e-6):  # along a random direction, relative
-    params = sum(net, []) + crf
+def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random direction
+    params, losses = sum(net, []) + crf, []
     direction = [rng.normal(size=p.shape) for p in params]
-    def loss(step):
+    for step in (h, -2 * h, h):                       # there, to the other side, and back
         for p, v in zip(params, direction):
             p += step * v
-        return softmax_loss(joint(image, net, crf)[0], y)[0]
-    u, backward = joint(image, net, crf)
-    grads = backward(softmax_loss(u, y)[1])
-    expected, found = (loss(h) - loss(-2 * h)) / (2 * h), sum(map(np.vdot, grads, direction))
-    loss(h)                                           # back where they were
+        u, backward = joint(image, net, crf)
+        loss, du = softmax_loss(u, y)
+        losses.append(loss)
+    found, expected = sum(map(np.vdot, backward(du), direction)), (losses[0] - losses[1]) / (2 * h)
     return abs(found - expected) / (abs(found) + abs(expected))
 
 def main(seed=0):
     from minicrf.toy import picture
     rng = np.random.default_rng(seed)
-    drawn = [picture(rng, 24, 32) for _ in range(460)]
-    pictures = [(image.astype(float), labels.ravel()) for image, labels in drawn]
-    learning, held_out = pictures[60:], pictures[:60]
+    pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(450))]
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
            for _, _, s in NET]
     crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
-    print("400 drawn pictures of 24 x 32 pixels to learn from, 60 held out; 6 labels")
-    print("stage 1, unary: the network alone")
-    for steps, rate in ((2400, 0.01), (600, 0.001)):
-        train(unary, net, crf, learning, [rate] * 10, steps, rng)
-    before, iou = evaluate(unary, net, crf, held_out)
-    print(f"  held out: {before}")
-    print(f"CRF put on it, nothing learned: {evaluate(joint, net, crf, held_out)[0]}")
-    print(f"gradient against differences: {gradient_error(*held_out[0], net, crf, rng):.1e} off")
-    print("stage 2, joint: network and CRF together")
-    train(joint, net, crf, learning, [0.0001] * 10 + [0.02] * 3, 100, rng)
-    after, joint_iou = evaluate(joint, net, crf, held_out)
-    print(f"  held out: {after}\nIoU: unary {iou:.1f}%, joint {joint_iou:.1f}%")
-
+    print("Drawn: 450 pictures, 24 x 32 pixels, 6 labels.  Stage 1, on 400: the network alone.")
+    for steps, rate in ((1600, 0.01), (400, 0.001)):
+        train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)
+    before = evaluate("unary", unary, net, crf, pictures[400:])
+    evaluate("CRF on top, nothing learned", joint, net, crf, pictures[400:])
+    print(f"gradient against differences: off by {gradient_error(*pictures[0], net, crf, rng):.0e}")
+    print("Stage 2: network and CRF together.")
+    train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 80, rng)
+    after = evaluate("joint", joint, net, crf, pictures[400:])
+    print(f"IoU: unary {before:.1f}%, joint {after:.1f}%")
 
 if __name__ == "__main__":
     main()
