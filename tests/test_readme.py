@@ -1,6 +1,6 @@
-"""The README's lesson: its excerpts are the code, its names exist, its examples give what they say.
+"""Both READMEs: their excerpts are the code, their names exist, their examples give what they say.
 
-Also the plain versions beside it: Eqs. 3 and 4 by enumeration, back-tracking in matrices.
+README.md says what the project is; minicrf/README.md is the lesson.
 """
 import ast
 import doctest
@@ -9,97 +9,51 @@ import itertools
 import pathlib
 import re
 
+import draw_lesson
 import numpy as np
 import pytest
-
 import run_voc
+
 from minicrf import DenseCRF, __main__, exercises, gradcheck
-from minicrf.gradcheck import relative_error
-from minicrf.losses import softmax, softmax_loss
+from minicrf.losses import softmax
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-LESSON = "## The lesson" + README.partition("\n## The lesson")[2]
-FILES = [path.relative_to(ROOT) for folder in ("minicrf", "minicrf/data", "minicrf/results", "tests", ".")
-         for path in sorted((ROOT / folder).glob("*.py"))]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
+         for name in ("README.md", "minicrf/README.md", "tests/RESULTS.md")}
+LESSON = PAGES["minicrf/README.md"]
+FILES = [path.relative_to(ROOT) for folder in (".", "minicrf", "minicrf/data", "minicrf/results",
+                                               "tests") for path in (ROOT / folder).glob("*.py")]
 
 # A marker line such as *`minicrf/layers.py`, `Conv2d.backward`*, then the block of code.
-EXCERPTS = re.findall(r"^\*`([^`]+)`, `([^`]+)`\*\n+```python\n(.*?)^```", README, re.M | re.S)
-EXAMPLES = re.findall(r"^```python\n(>>> .*?)^```", README, re.M | re.S)
+EXCERPTS = [each for page in PAGES.values() for each in
+            re.findall(r"^\*`([^`]+)`, `([^`]+)`\*\n+```python\n(.*?)^```", page, re.M | re.S)]
+EXAMPLES = [each for page in PAGES.values() for each in
+            re.findall(r"^```python\n(>>> .*?)^```", page, re.M | re.S)]
 PROSE = re.sub(r"^```.*?^```\n", "", LESSON, flags=re.M | re.S)
 CODE = re.findall(r"`([^`\n]+)`", PROSE)                 # inline code, in the order of the text
-
-
-# --- the plain versions --------------------------------------------------------------------------
-
-def back_tracking(f, y, w, kernels, dkernels, T):
-    """Eqs. 5, 6, Fig. 3 in (N, N) matrices: dL/df (N, L), dL/dw (M,), dL/dlog sigma M times (d,).
-
-    f: (N, L); y: (N,) labels; kernels: M matrices K_m; dkernels: M lists of dK_m/dlog sigma_k.
-    """
-    q = [softmax(f)]                                                     # q^0 .. q^T, each (N, L)
-    for t in range(1, T + 1):
-        q.append(softmax(f + sum(w_m * K @ q[t - 1] for w_m, K in zip(w, kernels))))
-    dz = q[T] - np.eye(f.shape[1])[y]                                    # (N, L): truth's share off
-    df, dw, dsigma = 0, 0, [0] * len(w)
-    for t in range(T, 0, -1):
-        # forward: z^t = f + sum_m w_m K_m q^(t-1)
-        df += dz
-        dw += np.array([(dz * (K @ q[t - 1])).sum() for K in kernels])
-        for m, dK in enumerate(dkernels):
-            dsigma[m] += w[m] * np.array([(dz * (dK_k @ q[t - 1])).sum() for dK_k in dK])
-        dq = sum(w_m * K.T @ dz for w_m, K in zip(w, kernels))
-        # forward: q^(t-1) = softmax(z^(t-1))
-        dz = q[t - 1] * (dq - (dq * q[t - 1]).sum(axis=1, keepdims=True))
-    # forward: z^0 = f
-    df += dz
-    return df, dw, dsigma
-
-
-def small(h, w, n_labels, **options):
-    """Scores, an image, labels, an exact CRF with unnormalised kernels, its matrices K and dK."""
-    rng = np.random.default_rng(0)
-    f, y = rng.standard_normal((h, w, n_labels)), rng.integers(0, n_labels, h * w)
-    image = rng.uniform(0, 255, (h, w, 3))
-    crf = DenseCRF(n_labels, w=(0.3, 0.5), sigma_position=(1.5, 2.), normalization="none",
-                   sigma_bilateral=(2., 3., 90., 120., 100.), exact=True, **options)
-    points = np.array([[x, y_, *image[y_, x]] for y_ in range(h) for x in range(w)])
-    kernels, dkernels = [], []
-    for name, d in (("log_sigma_position", 2), ("log_sigma_bilateral", 5)):
-        F = points[:, :d] / np.exp(crf.params[name])                     # (N, d)
-        squares = (F[:, None] - F) ** 2                                  # (N, N, d)
-        K = np.exp(-squares.sum(axis=2) / 2) - np.eye(h * w)
-        kernels.append(K)
-        dkernels.append([K * squares[:, :, k] for k in range(d)])
-    return f, image, y, crf, kernels, dkernels
-
-
-def test_back_tracking_in_matrices_gives_the_gradients_of_the_crf():
-    f, image, y, crf, kernels, dkernels = small(4, 5, 3)
-    crf.forward(f, image)
-    found = crf.backward_logits(softmax_loss(crf.logits.reshape(-1, 3), y)[1] * len(y))
-    df, dw, dsigma = back_tracking(f.reshape(-1, 3), y, crf.params["w"], kernels, dkernels, T=5)
-    assert relative_error(found.reshape(-1, 3), df) < 1e-9
-    assert relative_error(crf.grads["w"], dw) < 1e-9
-    assert relative_error(crf.grads["log_sigma_position"], dsigma[0]) < 1e-9
-    assert relative_error(crf.grads["log_sigma_bilateral"], dsigma[1]) < 1e-9
+INDEX = LESSON.partition("## Index")[2].partition("\n## ")[0]
 
 
 def test_equations_3_and_4_by_enumeration():
     """P(y) over all 2^6 labellings; free_energy is KL(q || P) - log Z, lowest where Eq. 5 rests."""
-    f, image, _, crf, kernels, _ = small(2, 3, 2, iterations=200)
+    rng = np.random.default_rng(0)
+    f, image = rng.standard_normal((2, 3, 2)), rng.uniform(0, 255, (2, 3, 3))
+    crf = DenseCRF(2, w=(0.3, 0.5), sigma_position=(1.5, 2.), normalization="none", exact=True,
+                   sigma_bilateral=(2., 3., 90., 120., 100.), iterations=200)
     labellings = np.array(list(itertools.product(range(2), repeat=6)))   # (64, 6)
     F = f.reshape(6, 2)[range(6), labellings].sum(axis=1)                # (64,)
-    for i, j in itertools.combinations(range(6), 2):
-        k = sum(w * K[i, j] for w, K in zip(crf.params["w"], kernels))
-        F += k * (labellings[:, i] == labellings[:, j])
+    points = np.array([[x, y, *image[y, x]] for y in range(2) for x in range(3)])
+    for w_m, name in zip((0.3, 0.5), ("log_sigma_position", "log_sigma_bilateral")):
+        p = points[:, :len(crf.params[name])] / np.exp(crf.params[name])
+        for i, j in itertools.combinations(range(6), 2):
+            k = np.exp(-((p[i] - p[j]) ** 2).sum() / 2)
+            F += w_m * k * (labellings[:, i] == labellings[:, j])
     log_Z = np.log(np.exp(F).sum())
 
     def kl(q):
         Q = q.reshape(6, 2)[range(6), labellings].prod(axis=1)           # (64,)
         return (Q * (np.log(Q) - (F - log_Z))).sum()
 
-    rng = np.random.default_rng(1)
     q = crf.forward(f, image)
     for other in (q, softmax(rng.standard_normal(f.shape)), softmax(f)):
         np.testing.assert_allclose(crf.free_energy(other, f, image) + log_Z, kl(other), atol=1e-9)
@@ -107,7 +61,7 @@ def test_equations_3_and_4_by_enumeration():
         assert kl(softmax(crf.logits + 0.01 * rng.standard_normal(f.shape))) > kl(q)
 
 
-# --- excerpts, examples --------------------------------------------------------------------------
+# --- excerpts, examples, links -------------------------------------------------------------------
 
 def squeezed(text):
     """Lines without indentation and runs of spaces, empty ones left out."""
@@ -146,67 +100,91 @@ def contains(source, excerpt):
 
 @pytest.mark.parametrize("path, name, excerpt", EXCERPTS, ids=[f"{p}-{n}" for p, n, _ in EXCERPTS])
 def test_an_excerpt_is_the_code_as_it_stands(path, name, excerpt):
-    assert name in definitions(path), f"{path}: found no {name}, which README.md quotes"
-    text = (ROOT / path).read_text(encoding="utf-8")
-    source = ast.get_source_segment(text, definitions(path)[name])
-    assert contains(squeezed(source), squeezed(excerpt)), (
-        f"README.md quotes {path}, {name}, otherwise than it stands there:\n{excerpt}")
-
-
-def test_every_block_of_code_in_the_lesson_is_an_excerpt_or_an_example():
-    assert len(EXCERPTS) >= 10 and len(EXAMPLES) >= 4
-    blocks = re.findall(r"^```python\n(.*?)^```", LESSON, re.M | re.S)
-    known = {excerpt for *_, excerpt in EXCERPTS} | set(EXAMPLES)
-    assert [block for block in blocks if block not in known] == []
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example{i}" for i in range(len(EXAMPLES))])
-def test_an_example_prints_what_it_says(example):
-    test = doctest.DocTestParser().get_doctest(example, {}, "README.md", "README.md", 0)
-    printed = []
-    failed, attempted = doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
-    assert attempted and not failed, "".join(printed)
+    assert name in definitions(path), f"{path}: found no {name}, which a README quotes"
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    node = definitions(path)[name]
+    source = squeezed("\n".join(lines[node.lineno - 1:node.end_lineno]))
+    assert contains(source, squeezed(excerpt)), (
+        f"a README quotes {path}, {name}, otherwise than it stands there:\n{excerpt}")
 
 
 def test_a_changed_excerpt_is_noticed():
     source = squeezed("def f(x):\n    y = 2 * x\n    z = y + 1\n    return z\n")
     assert contains(source, ["y = 2 * x", "z = y + 1"])
     assert contains(source, ["y = 2 * x", "...", "return z"])
-    assert not contains(source, ["y = 2 * x", "return z"])
-    assert not contains(source, ["y = 3 * x"])
-    assert not contains(source, ["return z", "...", "y = 2 * x"])
-    assert not contains(source, ["..."])
+    for wrong in (["y = 2 * x", "return z"], ["y = 3 * x"], ["..."],
+                  ["return z", "...", "y = 2 * x"]):
+        assert not contains(source, wrong)
+
+
+def test_every_block_of_code_in_the_lesson_is_an_excerpt_or_an_example():
+    assert len(EXCERPTS) >= 10 and len(EXAMPLES) >= 4
+    known = {excerpt for *_, excerpt in EXCERPTS} | {*EXAMPLES}
+    blocks = re.findall(r"^```python\n(.*?)^```", LESSON, re.M | re.S)
+    assert [block for block in blocks if block not in known] == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example{i}" for i in range(len(EXAMPLES))])
+def test_an_example_prints_what_it_says(example):
+    test = doctest.DocTestParser().get_doctest(example, {}, "README", "README", 0)
+    printed = []
+    failed, attempted = doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
+    assert attempted and not failed, "".join(printed)
+
+
+def anchor(heading):
+    """The name that GitHub gives to a heading: letters, digits, -, with - for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    headings = {anchor(heading) for heading in re.findall(r"^#+ (.+)$", PAGES[page], re.M)}
+    prose = re.sub(r"^```.*?^```\n", "", PAGES[page], flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)]+)\)", prose):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_pictures_of_the_lesson_are_drawn_and_small(tmp_path):
+    draw_lesson.main(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {*re.findall(r"\.github/(\w+\.png)", LESSON)}
+    for name in drawn:
+        assert 1000 < (tmp_path / name).stat().st_size < 150_000
+        assert (ROOT / ".github" / name).stat().st_size < 150_000
+
+
+def test_the_readme_is_short_and_has_the_commands_of_the_tests():
+    assert len(PAGES["README.md"].splitlines()) < 200
+    assert "    pip install -e . && python run_voc.py\n" in PAGES["README.md"]
+    assert "    pip install -e '.[test]' && pytest\n" in PAGES["README.md"]
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 @functools.cache
 def known_names():
-    """Every identifier; every dotted name of classes, methods, attributes; parameters' defaults."""
+    """Identifiers and strings; dotted names of classes, methods, attributes; default values."""
     names, dotted, defaults = set(), set(), {}
     for path in FILES:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         names.add(path.stem)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                names.add(node.id)
-            elif isinstance(node, ast.Attribute):
-                names.add(node.attr)
-            elif isinstance(node, ast.arg):
-                names.add(node.arg)
+            if isinstance(node, (ast.Name, ast.Attribute, ast.arg)):
+                names |= {getattr(node, kind, None) for kind in ("id", "attr", "arg")}
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names |= {node.value} if path.name != "test_readme.py" else set()
             if isinstance(node, ast.FunctionDef):
-                arguments = node.args
-                pairs = [*zip(reversed(arguments.args), reversed(arguments.defaults)),
-                         *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+                pairs = [*zip(reversed(node.args.args), reversed(node.args.defaults)),
+                         *zip(node.args.kwonlyargs, node.args.kw_defaults)]
                 for argument, value in pairs:
                     if value is not None:
                         defaults.setdefault(argument.arg, set()).add(ast.unparse(value))
-        for node in tree.body:
-            for target in getattr(node, "targets", []):
-                if isinstance(target, ast.Name):
-                    dotted.add(f"{path.stem}.{target.id}")
+        dotted |= {f"{path.stem}.{target.id}" for node in tree.body
+                   for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         for name, node in definitions(path).items():
             parts = [path.stem, *name.split(".")]
             names.add(node.name)
@@ -220,10 +198,9 @@ def known_names():
 def unknown(token):
     """What is wrong with a piece of inline code, or None.  Formulas and shell lines pass."""
     names, dotted, defaults = known_names()
-    if match := re.fullmatch(r"((?:minicrf/|tests/)?\w+\.py)(?:::(\w+))?", token):
+    if match := re.fullmatch(r"((?:\w+/)*\w+\.py)(?:::(\w+))?", token):
         path, test = pathlib.Path(match[1]), match[2]
-        if path not in FILES and pathlib.Path("tests") / path in FILES:
-            path = pathlib.Path("tests") / path
+        path = pathlib.Path("tests") / path if pathlib.Path("tests") / path in FILES else path
         if path not in FILES:
             return "no such file"
         return None if not test or test in definitions(path) else f"no such test in {path}"
@@ -242,31 +219,31 @@ def unknown(token):
     return None
 
 
-@pytest.mark.parametrize("token", sorted(set(CODE)))
+@pytest.mark.parametrize("token", sorted({*CODE}))
 def test_names_in_the_lesson_exist(token):
-    assert unknown(token) is None, f"README.md: `{token}`: {unknown(token)}"
+    assert unknown(token) is None, f"minicrf/README.md: `{token}`: {unknown(token)}"
 
 
 def test_names_that_do_not_exist_are_noticed():
     for wrong in ("minicrf/layer.py", "test_layers.py::test_nothing", "layers.Conv3d",
                   "DenseCRF.forwards", "spread_backwards", "iterations=6", "no_such_parameter=1"):
         assert unknown(wrong), wrong
-    for right in ("minicrf/layers.py", "test_readme.py::back_tracking", "layers.Conv2d.backward",
+    for right in ("minicrf/layers.py", "test_readme.py::anchor", "layers.Conv2d.backward",
                   "Conv2d.backward", "DenseCRF.logits", "softmax_loss", "exclude_self=False",
                   "iterations=5", "losses.VOID", "z = f + 1"):
         assert unknown(right) is None, right
 
 
-def test_every_row_of_math_to_code_names_a_test():
-    table = LESSON.partition("### From the mathematics to the code")[2].partition("\n### ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 20
-    assert [row for row in rows if not re.search(r"`test_\w+\.py::test_\w+`", row)] == []
-    for equation in range(3, 10):
-        assert re.search(rf"Eqs?\. (\d, )*{equation}\b", table), equation
-    for step in ("Fig. 1, forward", "Fig. 1, loss", "Fig. 1, backward", "Fig. 1, update",
-                 "Fig. 3, step 1", "Fig. 3, step 2", "Fig. 3, steps 3-4", "Fig. 3, update"):
-        assert step in table, step
+def test_the_index_leads_from_every_equation_and_figure_to_code_and_a_test():
+    rows = [line for line in INDEX.splitlines() if line.startswith("| ")][1:]
+    assert [row for row in rows if not re.search(r"`test_\w+\.py(::test_\w+)?`", row)] == []
+    wanted = ["Table 1 ", "Fig. 4 ", "Figs. 5, 6 ", "Sec. 4.1 "]
+    wanted += [f"Eq. {n} " for n in range(1, 10)]
+    wanted += [f"Fig. {n}, step {step} " for n, steps in ((1, 4), (2, 4), (3, 5))
+               for step in range(1, steps + 1)]
+    wanted += [f"Sec. 3.1, {what} " for what in ("$\\mu^{(m)}$", "CCCP", "Newton")]
+    for start in wanted:
+        assert any(row.startswith(f"| {start}") for row in rows), start
 
 
 def help_of(main, capsys):
@@ -275,13 +252,13 @@ def help_of(main, capsys):
     return capsys.readouterr().out
 
 
-def test_options_and_bugs_in_the_readme_exist(capsys):
+def test_options_and_bugs_in_the_pages_exist(capsys):
     known = set()
     for main in (run_voc.parse_arguments, __main__.parse_arguments, gradcheck.main):
         known |= set(re.findall(r"--[a-z][a-z-]*", help_of(main, capsys)))
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/benchmark.py").read_text("utf-8")))
-    lines = [line for line in README.splitlines() if "pip install" not in line]
+    lines = [line for page in PAGES.values() for line in page.splitlines()
+             if "pip install" not in line]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(lines))) <= known
-    bugs = {name for bugs in exercises.BUGS.values() for name in bugs}
-    named = set(re.findall(r"--break ([a-z][\w-]*)", README))
-    assert named <= bugs and len(named) >= 5
+    named = set(re.findall(r"--break ([a-z][\w-]*)", LESSON))
+    assert named <= {bug for bugs in exercises.BUGS.values() for bug in bugs} and len(named) >= 5
