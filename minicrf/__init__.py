@@ -1,6 +1,6 @@
 """A network trained through a fully connected CRF, with every backward method written by hand.
 
-Public names: DenseCRF, scores_from_probabilities, scores_from_labels, PermutohedralLattice.
+Public names: DenseCRF, LocalCRF, scores_from_probabilities, scores_from_labels, PermutohedralLattice.
 Read the files in this order, each resting on those before it:
 
     arrays          NumPy or CuPy: the one file that imports CuPy
@@ -12,6 +12,7 @@ Read the files in this order, each resting on those before it:
     permutohedral   Gaussian filtering in linear time                       [Adams 2010]
     kernels         k_m(i,j), normalised, and its derivative by sigma       Eq. 9
     densecrf        mean field forward, back-tracking backward              Eq. 5, Fig. 3
+    localcrf        the system before: local factors, belief propagation    Eq. 3, Fig. 2
     optim           momentum SGD
     training        one step, two stages, evaluation                        Figs. 1 and 3
 
@@ -23,5 +24,6 @@ lesson", derives the mathematics, starting with the CRF.
 __version__ = "0.1.0"
 
 from .densecrf import DenseCRF
+from .localcrf import LocalCRF
 from .permutohedral import PermutohedralLattice
 from .scores import scores_from_labels, scores_from_probabilities
