@@ -70,6 +70,14 @@ BUGS = {
         "joint-share-dropped": ("dz *= dz.dtype.type(share)", "pass"),
         "joint-upsampling-turned": ("upsample.backward(df)", "upsample.backward(df)[:, ::-1]"),
         "joint-net-dropped": ("net.backward(dscores)", "pass")},
+    "localcrf.LocalCRF.backward": {
+        "local-truth-dropped": ("self._b - self._b_y", "self._b"),
+        "local-dw-truth-dropped": ("d = P - P_y", "d = P"),
+        "local-dw-contrast-dropped": ("contrast * d", "d"),
+        "local-labelled-forgotten": ("dloss / self._labelled", "dloss")},
+    "localcrf._sweep": {
+        "local-rho-forgotten": ("z[i + 1] += rho * change", "z[i + 1] += change"),
+        "local-echo": ("z[i] - back[i]", "z[i]")},
 }
 
 
@@ -187,6 +195,27 @@ def check_crf():
         lambda _: lattice.inner(a, b), a, 1e-2)
 
 
+def check_local():
+    """Fig. 2: minus the approximate log-likelihood, with a void pixel, by converged messages."""
+    from .localcrf import LocalCRF
+    from .losses import VOID
+    rng = np.random.default_rng(4)
+    f, image = rng.standard_normal((3, 4, 3)), rng.uniform(0, 255, (3, 4, 3))
+    y = rng.integers(0, 3, (3, 4))
+    y[1, 1] = VOID
+    for name, rho in ("loopy", 1.), ("tree-reweighted", 0.5):
+        crf = LocalCRF(3, w=(0.3, 0.6), sigma_contrast=100., rho=rho, iterations=200)
+
+        def loss(_=None):
+            crf.forward(f, image)
+            return float(crf.loss(y))
+
+        loss()
+        grads = {"scores": crf.backward(), **crf.grads}
+        for key, value in {"scores": f, **crf.params}.items():
+            yield f"LocalCRF, {name}: d{key}", grads[key], numerical_gradient(loss, value)
+
+
 def check_model():
     """A joint training step, network to loss: all parameters at once, along random directions."""
     from . import densecrf, training, vgg
@@ -235,7 +264,7 @@ def broken(name):
         function.__code__ = kept
 
 
-def run(checks=(check_layers, check_losses, check_crf, check_model)):
+def run(checks=(check_layers, check_losses, check_crf, check_model, check_local)):
     """Print the table; returns the names of the rows that failed."""
     print(f"{'name':45}{'elements':>8}{'largest relative error':>25}")
     failed = []
