@@ -1,6 +1,7 @@
 """A network trained through a fully connected CRF, with every backward method written by hand.
 
-Public names: DenseCRF, PermutohedralLattice, scores_from_probabilities, scores_from_labels.
+Public names: DenseCRF, FeatureCRF, LocalCRF, learn, PermutohedralLattice, scores_from_labels,
+scores_from_probabilities.
 Read the files of this folder in this order, each resting on those before it:
 
     plain           the whole paper on a few screens, nothing fast in it
@@ -12,8 +13,10 @@ Read the files of this folder in this order, each resting on those before it:
     vgg             the 16-layer net: 306 x 306 pixels to 40 x 40 cells     Sec. 4.1
     permutohedral   Gaussian filtering in linear time                       [Adams 2010]
     kernels         k_m(i,j), normalised, and its derivative by sigma       below Eq. 9
-    densecrf        mean field forward, back-tracking backward              Eq. 5, Fig. 3
-    localcrf        local factors and belief propagation                    Fig. 2
+    marginals       softmax, or the damped update that converges            Sec. 3.1
+    meanfield       mean field forward, back-tracking backward              Eq. 5, Fig. 3
+    densecrf        the same with the features of an image                  Eq. 9, Sec. 4.1
+    localcrf        the system before: local factors, belief propagation    Eq. 3, Fig. 2
     optim           momentum SGD
     training        one step, and the rates of each stage                   Fig. 3
 
@@ -24,5 +27,8 @@ scores of labels or probabilities; files writes; __main__ is the CRF on the comm
 __version__ = "0.1.0"
 
 from .densecrf import DenseCRF
+from .localcrf import LocalCRF
+from .meanfield import FeatureCRF
 from .permutohedral import PermutohedralLattice
 from .scores import scores_from_labels, scores_from_probabilities
+from .training import learn

@@ -62,6 +62,14 @@ BUGS = {
         "joint-share-dropped": ("dz *= dz.dtype.type(share)", "pass"),
         "joint-upsampling-turned": ("upsample.backward(df)", "upsample.backward(df)[:, ::-1]"),
         "joint-net-dropped": ("net.backward(dscores)", "pass")},
+    "localcrf.LocalCRF.backward": {
+        "local-truth-dropped": ("self._b - self._b_y", "self._b"),
+        "local-dw-truth-dropped": ("d = P - P_y", "d = P"),
+        "local-dw-contrast-dropped": ("contrast * d", "d"),
+        "local-labelled-forgotten": ("dloss / self._labelled", "dloss")},
+    "localcrf._sweep": {
+        "local-rho-forgotten": ("z[i + 1] += rho * change", "z[i + 1] += change"),
+        "local-echo": ("z[i] - back[i]", "z[i]")},
 }
 
 

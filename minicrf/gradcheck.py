@@ -130,6 +130,27 @@ def check_crf():
         lambda _: lattice.inner(a, b), a, 1e-2)
 
 
+def check_local():
+    """Fig. 2: minus the approximate log-likelihood, with a void pixel, by converged messages."""
+    from .localcrf import LocalCRF
+    from .losses import VOID
+    rng = np.random.default_rng(4)
+    f, image = rng.standard_normal((3, 4, 3)), rng.uniform(0, 255, (3, 4, 3))
+    y = rng.integers(0, 3, (3, 4))
+    y[1, 1] = VOID
+    for name, rho in ("loopy", 1.), ("tree-reweighted", 0.5):
+        crf = LocalCRF(3, w=(0.3, 0.6), sigma_contrast=100., rho=rho, iterations=200)
+
+        def loss(_=None):
+            crf.forward(f, image)
+            return float(crf.loss(y))
+
+        loss()
+        grads = {"scores": crf.backward(), **crf.grads}
+        for key, value in {"scores": f, **crf.params}.items():
+            yield f"LocalCRF, {name}: d{key}", grads[key], numerical_gradient(loss, value)
+
+
 def check_model():
     """A joint training step, network to loss: all parameters at once, along random directions."""
     from . import densecrf, training, vgg
@@ -157,7 +178,7 @@ def check_model():
     yield "joint training step: 3 directions", along, numerical_gradient(loss, steps, 1e-7)
 
 
-def run(checks=(check_layers, check_losses, check_crf, check_model)):
+def run(checks=(check_layers, check_losses, check_crf, check_local, check_model)):
     """Print the table; returns the names of the rows that failed."""
     print(f"{'name':45}{'elements':>8}{'largest relative error':>25}")
     failed = []

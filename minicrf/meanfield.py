@@ -92,7 +92,7 @@ class FeatureCRF:
         written to.
         """
         xp = array_module(scores)
-        _check_scores(scores, self.n_labels)
+        check_scores(scores, self.n_labels)
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         kernels, W = self._kernels(features, scores), self._compatibility(f)
         q, logits = xp.zeros_like(f), xp.empty_like(f) if train else None    # (N, L)
@@ -209,7 +209,7 @@ class FeatureCRF:
         step: it can swap between two states.  j != i, whatever exclude_self says.
         """
         xp = array_module(scores)
-        _check_scores(scores, self.n_labels)
+        check_scores(scores, self.n_labels)
         kernels = self._kernels(features, scores)
         f, q = (a.reshape(-1, self.n_labels) for a in (scores, q))           # (N, L)
         possible = q > 0                                                     # 0 log 0 = 0
@@ -253,7 +253,7 @@ class FeatureCRF:
         return state
 
 
-def _check_scores(scores, n_labels):
+def check_scores(scores, n_labels):
     check_array("scores", scores, ("...",) * max(getattr(scores, "ndim", 2) - 1, 1) + (n_labels,))
     if scores.dtype.str[1:] not in ("f4", "f8") or not scores.dtype.isnative or not scores.size:
         raise ValueError(f"scores: found {scores.size} of {scores.dtype.str}, expected float32 or "

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .arrays import array_module, for_each, to_device, to_host
 from .meanfield import LARGEST_LOG_SIGMA
+from .localcrf import LocalCRF
 from .losses import softmax_loss
 from .optim import SGD
 from .vgg import seed_dropout
@@ -109,6 +110,9 @@ def crf_gradients(crf, f, image, y):
     """
     crf = copy.copy(crf)
     crf.grads = {key: np.zeros_like(g) for key, g in crf.grads.items()}
+    if isinstance(crf, LocalCRF):            # Fig. 2: marginals minus truth is the gradient
+        crf.forward(f, image)
+        return crf.loss(y), crf.backward(), crf.grads
     # Step 2: marginals q^t by filtering; the loss of the last, q^T = softmax(logits)
     crf.forward(f, image)
     loss, dz = softmax_loss(crf.logits.reshape(-1, crf.n_labels), y.ravel())             # (N, L)

@@ -35,6 +35,8 @@ COVERED_BY = {
     "permutohedral.PermutohedralLattice.inner": (
         gradcheck.check_crf, "PermutohedralLattice: inner"),
     "training.accumulate_gradients": (gradcheck.check_model, "joint training step"),
+    "localcrf.LocalCRF.backward": (gradcheck.check_local, "LocalCRF"),
+    "localcrf._sweep": (gradcheck.check_local, "LocalCRF"),
 }
 
 # Functions with such names that are no backward pass of their own, each with the reason.
