@@ -219,7 +219,7 @@ def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random
     return abs(found - expected) / (abs(found) + abs(expected))
 
 def main(seed=0):
-    from minicrf.toy import picture
+    from minicrf.data.toy import picture
     rng = np.random.default_rng(seed)
     pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(450))]
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from minicrf import plain, toy
+from minicrf import plain
+from minicrf.data import toy
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.kernels import ExactFilter, GaussianKernel
