@@ -90,7 +90,11 @@ def transposed(matrix):
 
     SciPy's are fastest as they stand; CuPy's would add up in an order of their own each time.
     """
-    return matrix.T if sparse_module(matrix.data) is scipy.sparse else matrix.T.tocsr()
+    if sparse_module(matrix.data) is scipy.sparse:
+        return matrix.T
+    matrix = matrix.T.tocsr()
+    matrix.has_canonical_format = True      # as it is: else the first product would ask the device
+    return matrix
 
 
 def to_device(x, device):

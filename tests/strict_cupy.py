@@ -20,14 +20,14 @@ counts = collections.Counter()
 FUNCTIONS = """
     arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip
     concatenate cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum
-    meshgrid minimum ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
+    meshgrid minimum moveaxis ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
     unique vdot where zeros zeros_like""".split()
 TYPES = "bool_ float32 float64 int16 int32 int64 uint8".split()
 METHODS = """
     all any argmax argmin argsort astype clip copy cumsum dot max mean min prod ravel repeat reshape
     round squeeze std sum take transpose var view""".split()
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
-KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "minlength", "out",
+KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "kind", "minlength", "out",
             "return_inverse"}
 # functions that read sizes back from the device
 WAITING = {"bincount": 2, "flatnonzero": 1, "unique": 1}
@@ -143,6 +143,8 @@ def _index(index):
 def _check_keywords(name, kwargs):
     if not kwargs.keys() <= KEYWORDS:
         raise TypeError(f"{name}: unexpected keyword among {', '.join(kwargs)}")
+    if kwargs.get("kind") not in (None, "stable"):
+        raise ValueError(f"{name}: CuPy knows stable sorting alone")
 
 
 def _function(name):
@@ -228,9 +230,9 @@ class Generator:
 
 
 class csr_matrix:
-    """Compressed rows as in cupyx: only products with dense arrays, transposition, slices of rows.
+    """Compressed rows as in cupyx: only products with dense arrays, and transposition.
 
-    A product first makes sure that the column numbers of each row are in order and distinct: it
+    Making one waits for the device: CuPy looks at both ends of indptr.  A product first makes sure that the column numbers of each row are in order and distinct: it
     asks the device, unless has_canonical_format was set, and sorts in place where they are not.
     """
 
@@ -248,6 +250,15 @@ class csr_matrix:
         self.indices = indices.astype(np.int32, copy=False)
         self.indptr = indptr.astype(np.int32, copy=False)
         self._canonical = None
+        _wait(1)
+
+    @classmethod
+    def _from_parts(cls, data, indices, indptr, shape):
+        """Without a look at them."""
+        self = object.__new__(cls)
+        self.data, self.indices, self.indptr = data, indices, indptr
+        self.shape, self.dtype, self._canonical = shape, data.dtype, None
+        return self
 
     def _rows(self, shape):
         return shape[0]
@@ -281,9 +292,13 @@ class csr_matrix:
     @property
     def T(self):
         other = {csr_matrix: csc_matrix, csc_matrix: csr_matrix}[type(self)]
-        other = other((self.data, self.indices, self.indptr), shape=self.shape[::-1])
+        other = other._from_parts(self.data, self.indices, self.indptr, self.shape[::-1])
         other.has_canonical_format = self.has_canonical_format
         return other
+
+    @property
+    def nnz(self):
+        return self.data.size
 
     def __matmul__(self, dense):
         if not isinstance(dense, ndarray):
@@ -293,10 +308,6 @@ class csr_matrix:
 
     def _product(self, dense):
         return self._host() @ dense
-
-    def __getitem__(self, rows):
-        part = self._host()[rows]
-        return csr_matrix(tuple(map(_wrap, (part.data, part.indices, part.indptr))), part.shape)
 
 
 class csc_matrix(csr_matrix):
@@ -308,14 +319,18 @@ class csc_matrix(csr_matrix):
     def _product(self, dense):
         return self._host().T @ dense
 
-    def __getitem__(self, rows):
-        raise NotImplementedError
+    def tocsr(self):
+        """On the device, with nothing told about the order of what comes out."""
+        matrix = self._host().T.tocsr()
+        return csr_matrix._from_parts(*map(_wrap, (matrix.data, matrix.indices, matrix.indptr)),
+                                      matrix.shape)
 
 
 cupy = types.ModuleType("cupy")
 vars(cupy).update({name: _function(name) for name in FUNCTIONS},
                   **{name: getattr(np, name) for name in TYPES},
-                  ndarray=ndarray, asarray=asarray, asnumpy=asnumpy, copyto=copyto,
+                  ndarray=ndarray, asarray=asarray, asnumpy=asnumpy,
+                  copyto=copyto,
                   get_array_module=get_array_module,
                   random=types.SimpleNamespace(default_rng=Generator),
                   cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(

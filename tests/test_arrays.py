@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -91,6 +92,43 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)       # the child as well
+
+
+def test_for_each_shares_out_large_work_alone_and_may_be_nested(monkeypatch):
+    """A pool of two, both busy: what they hand out themselves nobody else is there to do."""
+    monkeypatch.setattr(arrays, "POOL", arrays.POOL)                   # put back in the end
+    arrays._new_pool(2)
+    small, large = np.zeros(1), np.zeros(arrays.SMALL + 1)
+
+    def thread(_):
+        return threading.get_ident()
+
+    def nested(_):
+        return arrays.for_each(thread, range(3), large), thread(None)
+
+    assert arrays.for_each(lambda i: i * i, range(5), large) == [0, 1, 4, 9, 16]
+    assert set(arrays.for_each(thread, range(5), small)) == {thread(None)}
+    for inner, outer in arrays.for_each(nested, range(4), large):
+        assert set(inner) == {outer} and outer != thread(None)
+
+
+def test_an_error_in_a_thread_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        arrays.for_each(lambda i: 1 // i, range(3), np.zeros(arrays.SMALL + 1))
+
+
+@pytest.mark.parametrize("n", [1, arrays.BLOCK - 1, arrays.BLOCK, arrays.BLOCK + 1])
+def test_blocks_are_all_rows_once_and_none_is_too_large(n):
+    rows = np.arange(n)
+    found = [rows[block] for block in arrays.blocks(n, rows)]
+    np.testing.assert_array_equal(np.concatenate(found), rows)
+    assert max(map(len, found)) <= arrays.BLOCK
+
+
+def test_row_sums():
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    np.testing.assert_allclose(arrays.row_sums(x), x.sum(axis=-1), rtol=1e-5)
+    assert arrays.row_sums(x).dtype == np.float32
 
 
 @needs_gpu

@@ -1,10 +1,9 @@
 """The CRF against Eq. 5 in dense matrices, its gradients against finite differences."""
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
+from test_kernels import dense
 
-from minicrf import arrays, densecrf
+from minicrf import arrays
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.losses import softmax, softmax_loss
@@ -24,28 +23,24 @@ def example(h=H, w=W, n_labels=L, channels=3, seed=0):
     return rng.standard_normal((h, w, n_labels)), rng.uniform(0, 255, (h, w, channels)), labels
 
 
+def image_features(image):
+    """Position and colour, x first, one pixel at a time: (D+C, N) of an image (*S, C)."""
+    return np.array([[*pixel[::-1], *image[pixel]] for pixel in np.ndindex(image.shape[:-1])]).T
+
+
 def dense_kernels(crf, image):
-    """The kernels of Eq. 9 as (N, N) matrices, straight from the formulas."""
-    h, w, channels = image.shape
-    points = np.array([[x, y, *image[y, x]] for y in range(h) for x in range(w)])
-    kernels = []
-    for name, d in (("log_sigma_position", 2), ("log_sigma_bilateral", 2 + channels)):
-        if name in crf.params:
-            F = points[:, :d] / np.exp(crf.params[name])
-            K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
-            n = K.sum(axis=1)
-            if crf.exclude_self:
-                K -= np.eye(len(F))
-            kernels.append(K / np.sqrt(n[:, None] * n) if crf.normalization == "symmetric" else K)
-    return kernels
+    """The kernels of a DenseCRF as (N, N) matrices."""
+    features = image_features(image)
+    return [dense(features[:crf.params[name].size], np.exp(crf.params[name]), crf.normalization,
+                  crf.exclude_self) for name in crf.params if name != "w"]
 
 
-def mean_field(crf, scores, image):
-    """Eq. 5, with no more than matrix products."""
+def mean_field(crf, scores, kernels):
+    """Eq. 5 with Potts, in no more than matrix products."""
     f = scores.reshape(-1, scores.shape[-1])
     q = softmax(f)
     for _ in range(crf.iterations):
-        q = softmax(f + sum(w * K @ q for w, K in zip(crf.params["w"], dense_kernels(crf, image))))
+        q = softmax(f + sum(w * K @ q for w, K in zip(crf.params["w"], kernels)))
     return q.reshape(scores.shape)
 
 
@@ -54,23 +49,23 @@ def test_exact_inference_is_equation_5(options):
     scores, image, _ = example()
     crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
     q = crf.forward(scores, image)
-    np.testing.assert_allclose(q, mean_field(crf, scores, image), atol=1e-12)
+    np.testing.assert_allclose(q, mean_field(crf, scores, dense_kernels(crf, image)),
+                               atol=1e-12)
     np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_inference_on_the_lattice_is_equation_5_with_its_matrix(options):
-    """Each kernel as a dense matrix: the lattice's answer to every pixel, less its diagonal."""
+    """Each kernel as a dense matrix: its answer to every pixel."""
     scores, image, _ = example()
     crf = DenseCRF(L, w=(0.5, 1.), **SIGMAS, **options)
     q = crf.forward(scores, image)
-    f = scores.reshape(-1, L)
-    matrices = [kernel.K_hat.filter(np.eye(len(f))) - np.diag(kernel.self_weight)
-                for kernel in crf._saved[0]]
-    p = softmax(f)
-    for _ in range(crf.iterations):
-        p = softmax(f + sum(w * K @ p for w, K in zip(crf.params["w"], matrices)))
-    np.testing.assert_allclose(q.reshape(p.shape), p, atol=1e-12)
+    one = np.eye(H * W)
+    for kernel in crf.state.kernels:
+        np.testing.assert_allclose(kernel.filter(one), kernel.K_hat.filter(one)
+                                   - np.diag(kernel.diagonal * crf.exclude_self), atol=1e-15)
+    matrices = [kernel.filter(one) for kernel in crf.state.kernels]
+    np.testing.assert_allclose(q, mean_field(crf, scores, matrices), atol=1e-12)
 
 
 def loss_and_gradient(crf, scores, image, labels):
@@ -87,7 +82,7 @@ def test_exact_gradients_of_scores_and_all_nine_parameters(options):
     _, df = loss_and_gradient(crf, scores, image, labels)
 
     def loss(_):
-        crf.forward(scores, image, train=False)
+        crf.forward(scores, image)
         return float(softmax_loss(crf.logits.reshape(-1, L), labels)[0])
 
     grads = {name: crf.grads[name].copy() for name in crf.grads}
@@ -106,7 +101,7 @@ def test_lattice_gradients_of_scores_and_weights(options):
     _, df = loss_and_gradient(crf, scores, image, labels)
 
     def loss(_):
-        crf.forward(scores, image, train=False)
+        crf.forward(scores, image)
         return float(softmax_loss(crf.logits.reshape(-1, L), labels)[0])
 
     assert relative_error(df, numerical_gradient(loss, scores)) < 1e-6
@@ -183,8 +178,9 @@ def test_blocks_and_threads_change_no_bit(monkeypatch):
     scores = scores.astype(np.float32)
     results = []
     for block, threads in ((64, 1), (64, 2), (64, 3)):
-        monkeypatch.setattr(densecrf, "BLOCK", block)
-        monkeypatch.setattr(arrays, "POOL", ThreadPoolExecutor(threads))
+        monkeypatch.setattr(arrays, "BLOCK", block)
+        monkeypatch.setattr(arrays, "POOL", arrays.POOL)               # put back in the end
+        arrays._new_pool(threads)
         monkeypatch.setattr(arrays, "SMALL", 0)
         crf = DenseCRF(L, sigma_bilateral=(9., 9., 90., 90., 90.))
         _, df = loss_and_gradient(crf, scores, image, labels)
@@ -197,40 +193,13 @@ def test_blocks_and_threads_change_no_bit(monkeypatch):
 def test_inference_keeps_nothing_and_gives_the_same():
     scores, image, _ = example()
     crf = DenseCRF(L)
-    kept = crf.forward(scores, image)
-    np.testing.assert_array_equal(crf.forward(scores, image, train=False), kept)
-    with pytest.raises(ValueError, match="backward: found no forward pass with train=True"):
-        crf.backward(scores)
-
-
-def test_kernels_may_be_built_ahead(monkeypatch):
-    scores, image, _ = example()
-    crf = DenseCRF(L)
-    expected = crf.forward(scores, image)
-    ahead = crf.kernels(image, scores.dtype)
-    monkeypatch.setattr(densecrf, "GaussianKernel", None)              # none built now
-    np.testing.assert_array_equal(crf.forward(scores, image, kernels=ahead), expected)
-    for wrong in (ahead[:1], ahead[::-1] + ahead):
-        with pytest.raises(ValueError, match="kernels: found those of another image"):
-            crf.forward(scores, image, kernels=wrong)
-    for other in (scores[1:], scores.astype(np.float32)):
-        with pytest.raises(ValueError, match="kernels: found those of another image"):
-            crf.forward(other, image[len(image) - len(other):], kernels=ahead)
-
-
-def test_position_kernels_are_reused_but_only_a_few_kept(monkeypatch):
-    built = []
-    kernel = densecrf.GaussianKernel
-    monkeypatch.setattr(densecrf, "GaussianKernel",
-                        lambda *args: built.append(args) or kernel(*args))
-    crf = DenseCRF(L, sigma_bilateral=None)
-    for h in (3, 3, 4, 5, 6, 7, 7, 3):
-        crf.forward(*example(h)[:2], train=False)
-        assert len(crf._position_kernels) <= densecrf.CACHED_KERNELS
-    assert len(built) == 6                                             # 3, 4, 5, 6, 7, and 3 again
-    crf.params["log_sigma_position"] += 0.1
-    crf.forward(*example(3)[:2])
-    assert len(built) == 7
+    found = crf.forward(scores, image, train=False)
+    assert crf.state is None
+    for asked in (lambda: crf.logits, lambda: crf.backward(scores),
+                  lambda: crf.backward_logits(scores)):
+        with pytest.raises(ValueError, match="backward: found no forward pass with train=True"):
+            asked()
+    np.testing.assert_array_equal(crf.forward(scores, image), found)
 
 
 # Any image, any scores
@@ -270,7 +239,7 @@ def test_either_kernel_can_be_left_out(left_out):
     crf = DenseCRF(L, w=(0.5, 1.), exact=True, **{**SIGMAS, left_out: None})
     assert crf.params["w"].tolist() == [1. if left_out == "sigma_position" else 0.5]
     assert "log_" + left_out not in crf.params and crf.params.keys() == crf.grads.keys()
-    np.testing.assert_allclose(crf.forward(scores, image), mean_field(crf, scores, image))
+    np.testing.assert_allclose(crf.forward(scores, image), mean_field(crf, scores, dense_kernels(crf, image)))
     loss_and_gradient(crf, scores, image, labels)
 
 
@@ -299,15 +268,14 @@ def test_huge_messages_do_not_overflow():
         crf = DenseCRF(L, w=(w, w), exact=True, normalization="none", iterations=2, **SIGMAS)
         with np.errstate(all="raise", under="ignore"):
             q = crf.forward(scores, image)
-        np.testing.assert_allclose(q, mean_field(crf, scores, image), atol=1e-9)
+        np.testing.assert_allclose(q, mean_field(crf, scores, dense_kernels(crf, image)), atol=1e-9)
 
 
 def test_more_lattice_points_than_pixels():
     scores, image, labels = example(20, 20)
     crf = DenseCRF(L, sigma_bilateral=(9., 9., 1., 1., 1.))
     _, df = loss_and_gradient(crf, scores, image, labels)
-    kernel = crf._saved[0][1]
-    assert 400 < kernel.K.slice.shape[1] <= 400 * 6
+    assert 400 < crf.state.kernels[1].K.S.shape[1] <= 400 * 6
     # no two colours within a kernel width: the bilateral kernel says nothing
     alone = DenseCRF(L, sigma_bilateral=None)
     np.testing.assert_allclose(crf.forward(scores, image), alone.forward(scores, image), atol=1e-3)
@@ -351,14 +319,15 @@ def test_no_iterations_give_the_softmax():
     (lambda s, i: (s * np.nan, i), "scores: found NaN"),
     (lambda s, i: (s + np.inf, i), "scores: found NaN, .inf"),
     (lambda s, i: (s - np.inf, i), "-inf for every label"),
-    (lambda s, i: (s[:, :, :2], i), r"scores: found shape \(4, 5, 2\).* expected \(H, W, 3\)"),
-    (lambda s, i: (s[0], i), r"scores: found shape \(5, 3\)"),
-    (lambda s, i: (s[:0], i[:0]), r"scores: found shape \(0, 5, 3\)"),
+    (lambda s, i: (s[:, :, :2], i), r"scores: found shape \(4, 5, 2\), expected \(..., ..., 3\)"),
+    (lambda s, i: (s[0], i[0]), r"scores: found shape \(5, 3\), expected 2 dimensions and labels"),
+    (lambda s, i: (s[:0], i[:0]), "scores: found 0 of"),
     (lambda s, i: (np.where(s == s.max(), -np.inf, np.inf), i), "scores: found NaN, .inf"),
-    (lambda s, i: (s.astype(int), i), "scores: .* of int64, expected .* float32 or float64"),
-    (lambda s, i: (s, i[:3]), r"image: found shape \(3, 5, 3\), .* of the scores, \(4, 5, 3\)"),
-    (lambda s, i: (s, i[:, :, 0]), r"image: found shape \(4, 5\), expected \(H, W, C\)"),
-    (lambda s, i: (s, i[:, :, :1]), "image: found 1 channels, expected 3 for .* length 5"),
+    (lambda s, i: (s.astype(int), i), "scores: found 60 of .i8, expected float32 or float64"),
+    (lambda s, i: (s.astype(">f8"), i), "scores: .* of >f8, expected .* machine's byte order"),
+    (lambda s, i: (s, i[:3]), r"image: found shape \(3, 5, 3\), expected \(4, 5, 3\)"),
+    (lambda s, i: (s, i[:, :, 0]), r"image: found shape \(4, 5\), expected \(4, 5, 3\)"),
+    (lambda s, i: (s, i[:, :, :1]), r"image: found shape \(4, 5, 1\), expected \(4, 5, 3\)"),
     (lambda s, i: (s, i * np.nan), "image: found NaN"),
 ])
 def test_bad_input_is_refused_in_one_line(spoil, message):
@@ -371,7 +340,7 @@ def test_bad_input_is_refused_in_one_line(spoil, message):
     (dict(w=(1., 2., 3.)), r"w: found \[1.0, 2.0, 3.0\], expected a finite number for each kernel"),
     (dict(sigma_position=(3., 0.)), r"sigma_position: found \[3.0, 0.0\], expected positive"),
     (dict(sigma_position=(3., 3., 3.)), "sigma_position: found"),
-    (dict(sigma_bilateral=(80., 80.)), "sigma_bilateral: found .* and each channel"),
+    (dict(sigma_bilateral=(80.,)), "sigma_bilateral: found 1 widths, .* and each channel"),
     (dict(normalization="row"), "normalization: found 'row'"),
     (dict(iterations=-1), "iterations -1"),
 ])
@@ -387,7 +356,7 @@ def test_free_energy_is_the_kl_divergence_up_to_a_constant(options):
     scores, image, _ = example()
     crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
     q = crf.forward(scores, image)
-    crf.exclude_self = True                                              # the reference's, always
+    crf.exclude_self = True                                              # j != i, always
     expected = (q * (np.log(q) - scores)).sum()
     for w, K in zip(crf.params["w"], dense_kernels(crf, image)):
         for i, q_i in enumerate(q.reshape(-1, L)):

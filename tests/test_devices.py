@@ -349,7 +349,7 @@ def test_checkpoints(xp, tmp_path):
 # What makes the host wait.
 
 def events(counts, iterations=3, **options):
-    """What a joint training step counts for each image, the position kernels already built."""
+    """What a joint training step counts for each image."""
     model, batch = model_and_batch("gpu", **options)
     model.crf.iterations = iterations
     optimiser = training.optimizer(model, "joint", [], rate_sigma=0)
@@ -366,5 +366,5 @@ def test_transfers_do_not_grow_with_pixels_or_labels(stand_in):
 
 def test_a_training_step_seldom_waits(stand_in):
     found = events(stand_in)
-    assert found["send"] <= 7 and found.get("sort", 0) == 0
-    assert found["wait"] <= 13                  # ten of them for the lattice
+    assert found["send"] <= 9 and found.get("sort", 0) == 0
+    assert found["wait"] <= 40                  # 32 of them to build two lattices

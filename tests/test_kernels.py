@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf import kernels
-from minicrf.kernels import ExactFilter, GaussianKernel
+from minicrf.arrays import blocks
+from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf.kernels import ExactFilter, GaussianKernel, KernelGradient
 
 N, L, D = 12, 3, 3
 SIGMA = np.array([1.5, 2.0, 0.8])
@@ -20,25 +21,13 @@ FEATURES, A, B = random(D, N, seed=0), random(N, L, seed=1), random(N, L, seed=2
 
 
 def dense(features, sigma, normalization, exclude_self):
-    """Eq. 9 as an (N, N) matrix, entry by entry."""
-    n_points = features.shape[1]
-    K = np.zeros((n_points, n_points))
-    for i in range(n_points):
-        for j in range(n_points):
-            K[i, j] = np.exp(-(((features[:, i] - features[:, j]) / sigma) ** 2).sum() / 2)
+    """A kernel of Eq. 9 as an (N, N) matrix, straight from the formulas; features (d, N)."""
+    F = features.T / sigma
+    K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
     n = K.sum(axis=1)
     if exclude_self:
-        K -= np.eye(n_points)
+        K -= np.eye(len(F))
     return K / np.sqrt(n[:, None] * n) if normalization == "symmetric" else K
-
-
-def apply(kernel, b):
-    """(K_hat - diag(self_weight)) b, (N, L)."""
-    return kernel.K_hat.filter(b) - kernel.self_weight[:, None] * b
-
-
-def apply_transpose(kernel, a):
-    return kernel.K_hat.filter_transpose(a) - kernel.self_weight[:, None] * a
 
 
 @pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
@@ -47,23 +36,33 @@ def test_exact_kernel_is_the_dense_matrix(monkeypatch, normalization, exclude_se
     kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact=True)
     assert kernel.K.whole is None
     K = dense(FEATURES, SIGMA, normalization, exclude_self)
-    np.testing.assert_allclose(apply(kernel, B), K @ B, atol=1e-12)
-    np.testing.assert_allclose(apply_transpose(kernel, A), K.T @ A, atol=1e-12)
+    np.testing.assert_allclose(kernel.filter(B), K @ B, atol=1e-12)
+    np.testing.assert_allclose(kernel.filter_transpose(A), K.T @ A, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
 @pytest.mark.parametrize("exact", [True, False])
 def test_transpose_passes_the_dot_test(normalization, exclude_self, exact):
     kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact)
-    forth, back = (A * apply(kernel, B)).sum(), (apply_transpose(kernel, A) * B).sum()
+    forth, back = (A * kernel.filter(B)).sum(), (kernel.filter_transpose(A) * B).sum()
     assert abs(forth - back) < 1e-10 * abs(forth), (forth, back)
 
 
+def back_track(kernel, W, *steps):
+    """One K^T dz W for each (q, dz), dW and dlog sigma, as back-tracking assembles them."""
+    gradient, dq = KernelGradient(kernel, W), []
+    for q, dz in steps:
+        gradient.spread_back(q, dz)
+        gradient.spread(q, dz)
+        dq.append(np.concatenate([gradient.gather(q[rows], dz[rows], rows)
+                                  for rows in blocks(len(q), q)]))
+        gradient.add_up()
+    return dq, *gradient.result()
+
+
 def shape_gradient(kernel, a, b):
-    """d<a, K^ b>/dlog sigma, as back-tracking assembles it."""
-    outer = (a * kernel.K_hat.filter(b) + b * kernel.K_hat.filter_transpose(a)).sum(axis=1)
-    cross = np.array([G.inner(a, b) for G in kernel.weighted()])
-    return kernel.shape_gradient(outer, cross, (a * b).sum(axis=1))
+    """d<a, K^ b>/dlog sigma (d,)."""
+    return back_track(kernel, 1., (b, a))[2]
 
 
 @pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
@@ -114,39 +113,47 @@ def drawn(h, w):
     (5, (40, 40, 30, 30, 30), 0.06), (5, (80, 80, 13, 13, 13), 0.06)])
 def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
     features, q = drawn(48, 64)
-    exact, lattice = (apply(GaussianKernel(features[:d], sigma, exact=exact), q)
+    exact, lattice = (GaussianKernel(features[:d], sigma, exact=exact).filter(q)
                       for exact in (True, False))
     error = np.sqrt(((lattice - exact) ** 2).mean() / (exact**2).mean())
     assert error < tolerance, error
 
 
-def test_exact_filter_inner_and_scaled_are_what_they_say():
+def test_exact_filter_scaled_and_side_by_side_are_what_they_say():
     exact, s = ExactFilter(FEATURES.T), random(N, seed=3)
-    np.testing.assert_allclose(exact.inner(A, B), (A * exact.filter(B)).sum())
     np.testing.assert_allclose(exact.scaled(s).filter(B), s[:, None] * exact.filter(s[:, None] * B))
     np.testing.assert_allclose(exact.scaled(s).diagonal, s * s)
+    weights = random(2, N, seed=4)
+    splatted = exact.scaled(s).side_by_side(weights).splat(B).reshape(N, 2, L)           # (N, K, L)
+    np.testing.assert_allclose(splatted, s[:, None, None] * weights.T[:, :, None] * B[:, None])
 
 
-def test_exact_filter_gathers_rows():
+@pytest.mark.parametrize("exact", [True, False])
+def test_both_halves_of_a_filter_make_the_whole(exact):
+    kernel = GaussianKernel(FEATURES, SIGMA, exact=exact)
+    v, rows = kernel.spread(B), slice(0, N)
+    np.testing.assert_allclose(kernel.gather(v, B, rows), kernel.filter(B), atol=1e-15)
+
+
+def test_exact_filter_slices_rows():
     exact = ExactFilter(FEATURES.T)
-    np.testing.assert_allclose(exact.gather(exact.spread(B), slice(3, 8)), exact.filter(B)[3:8])
+    v = exact.blur(exact.splat(B))
+    np.testing.assert_allclose(exact.slice(v, slice(3, 8)), exact.filter(B)[3:8])
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_pixel_far_from_all_others_hears_nothing(exact):
     far = np.arange(4.0)[None] * 1000
     kernel = GaussianKernel(far, [1.0], exact=exact)
-    np.testing.assert_allclose(apply(kernel, B[:4]), 0, atol=1e-12)
+    np.testing.assert_allclose(kernel.filter(B[:4]), 0, atol=1e-12)
 
 
 def test_dtype_follows_the_features():
     for exact in (True, False):
         kernel = GaussianKernel(FEATURES.astype(np.float32), SIGMA, exact=exact)
-        assert apply(kernel, B.astype(np.float32)).dtype == np.float32
+        assert kernel.filter(B.astype(np.float32)).dtype == np.float32
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="normalization: found 'row', expected 'symmetric'"):
-        GaussianKernel(FEATURES, SIGMA, normalization="row")
+def test_values_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"values: found shape \(5, 3\), expected \(12, any\)"):
         ExactFilter(FEATURES.T).filter(B[:5])

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from minicrf import permutohedral
+from minicrf import arrays, permutohedral
 from minicrf.permutohedral import PermutohedralLattice
 
 
@@ -87,7 +87,7 @@ def test_distinct_words():
 @pytest.mark.parametrize("offset", [0, 2**26])
 def test_steps_lead_from_point_to_point_and_around_the_simplex(offset):
     F = features(50, 3, width=2) + offset
-    cells, ranks, _ = permutohedral._enclosing_simplices(F)
+    cells, ranks, _ = permutohedral._simplices(F)
     corners, points, steps = permutohedral._corners(cells, ranks)
     assert steps.sum() == 0 and len(set(steps.tolist())) == 4 and (np.diff(points) > 0).all()
     axes = np.argsort(-ranks, axis=0)                        # from corner r to r + 1 along axes[r]
@@ -100,7 +100,7 @@ def test_many_dimensions_need_and_get_long_keys():
     F, values = features(40, 14, width=300), features(40, 2, seed=1)
     # so far apart that each point meets itself only
     lattice = PermutohedralLattice(F)
-    assert lattice.slice.shape == (40, 40 * 15)
+    assert lattice.S.shape == (40, 40 * 15)
     np.testing.assert_allclose(lattice.filter(values), lattice.filter(np.ones((40, 1))) * values)
 
 
@@ -119,7 +119,7 @@ def test_filter_is_not_symmetric_so_the_transpose_matters():
 
 def test_weights_are_barycentric():
     F = features(500, 5, width=3)
-    weights = PermutohedralLattice(F).slice
+    weights = PermutohedralLattice(F).S
     assert weights.data.min() >= -1e-12
     np.testing.assert_allclose(weights.sum(axis=1), 1)
 
@@ -148,20 +148,35 @@ def test_filter_approximates_the_gaussian():
     assert np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean()) < 0.02
 
 
-def test_inner_and_scaled_are_what_they_say():
+def test_scaled_and_side_by_side_are_what_they_say():
     lattice = PermutohedralLattice(features(100, 3))
-    a, b, s = features(100, 4, seed=1), features(100, 4, seed=2), features(100, 1, seed=3)[:, 0]
-    np.testing.assert_allclose(lattice.inner(a, b), (a * lattice.filter(b)).sum())
+    b, s = features(100, 4, seed=2), features(100, 1, seed=3)[:, 0]
     scaled = lattice.scaled(s)
     np.testing.assert_allclose(scaled.filter(b), s[:, None] * lattice.filter(s[:, None] * b))
     np.testing.assert_allclose(scaled.diagonal, s * s * lattice.diagonal)
+    weights = features(2, 100, seed=4)
+    v = scaled.side_by_side(weights).splat(b)                            # (P, 2*4)
+    for k, weight in enumerate(weights):
+        np.testing.assert_allclose(v[:, 4 * k:4 * k + 4], scaled.splat(weight[:, None] * b),
+                                   atol=1e-15)
 
 
-def test_gathering_rows_gives_the_same_rows():
+def test_the_parts_of_a_filter_make_the_whole(monkeypatch):
+    monkeypatch.setattr(arrays, "BLOCK", 30)                             # the last one smaller
     lattice, b = PermutohedralLattice(features(100, 3)), features(100, 4)
-    v = lattice.spread(b)
-    for rows in (slice(0, 30), slice(30, 100), slice(0, 30)):
-        np.testing.assert_array_equal(lattice.gather(v, rows), lattice.filter(b)[rows])
+    for blur, whole in ((lattice.blur, lattice.filter),
+                        (lattice.blur_transpose, lattice.filter_transpose)):
+        v = blur(lattice.splat(b))
+        for rows in reversed(arrays.blocks(100, b)):
+            np.testing.assert_array_equal(lattice.slice(v, rows), whole(b)[rows])
+
+
+def test_simplices_in_blocks_and_threads_are_the_same(monkeypatch):
+    F, values = features(500, 5, width=2), features(500, 2, seed=1)
+    expected = PermutohedralLattice(F).filter(values)
+    monkeypatch.setattr(arrays, "BLOCK", 64)
+    monkeypatch.setattr(arrays, "SMALL", 0)
+    np.testing.assert_array_equal(PermutohedralLattice(F).filter(values), expected)
 
 
 def test_float32_stays_float32_and_close_to_float64():
@@ -174,13 +189,13 @@ def test_float32_stays_float32_and_close_to_float64():
 
 def test_float32_features_far_apart_keep_their_weights():
     F = (features(300, 3) * 1e5).astype(np.float32)
-    weights = PermutohedralLattice(F).slice
+    weights = PermutohedralLattice(F).S
     assert weights.data.min() >= -1e-6 and weights.data.max() <= 1 + 1e-6
 
 
 def test_the_same_simplices_and_points_are_shared():
     F = np.repeat(features(10, 5), 30, axis=0)
-    assert PermutohedralLattice(F).slice.shape[1] <= 10 * 6
+    assert PermutohedralLattice(F).S.shape[1] <= 10 * 6
 
 
 @pytest.mark.parametrize("bad, message", [
