@@ -224,7 +224,7 @@ def main(seed=0):
     pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(450))]
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
            for _, _, s in NET]
-    crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
+    crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 25., 25., 25.])]
     print("Drawn: 450 pictures, 24 x 32 pixels, 6 labels.  Stage 1, on 400: the network alone.")
     for steps, rate in ((1600, 0.01), (400, 0.001)):
         train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)

@@ -4,11 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from minicrf import arrays, densecrf
+from minicrf import arrays, densecrf, plain
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.losses import softmax, softmax_loss
 from minicrf.scores import scores_from_labels, scores_from_probabilities
+from test_kernels import dense
 
 H, W, L = 4, 5, 3
 SIGMAS = dict(sigma_position=(1.5, 2.), sigma_bilateral=(3., 4., 60., 80., 100.))
@@ -28,25 +29,17 @@ def dense_kernels(crf, image):
     """The kernels of Eq. 9 as (N, N) matrices, straight from the formulas."""
     h, w, channels = image.shape
     points = np.array([[x, y, *image[y, x]] for y in range(h) for x in range(w)])
-    kernels = []
-    for name, d in (("log_sigma_position", 2), ("log_sigma_bilateral", 2 + channels)):
-        if name in crf.params:
-            F = points[:, :d] / np.exp(crf.params[name])
-            K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
-            n = K.sum(axis=1)
-            if crf.exclude_self:
-                K -= np.eye(len(F))
-            kernels.append(K / np.sqrt(n[:, None] * n) if crf.normalization == "symmetric" else K)
-    return kernels
+    return [dense(points[:, :d].T, np.exp(crf.params[name]), crf.normalization, crf.exclude_self)
+            for name, d in (("log_sigma_position", 2), ("log_sigma_bilateral", 2 + channels))
+            if name in crf.params]
 
 
 def mean_field(crf, scores, image):
     """Eq. 5, with no more than matrix products."""
-    f = scores.reshape(-1, scores.shape[-1])
-    q = softmax(f)
-    for _ in range(crf.iterations):
-        q = softmax(f + sum(w * K @ q for w, K in zip(crf.params["w"], dense_kernels(crf, image))))
-    return q.reshape(scores.shape)
+    W = crf.params["w"][:, None, None] * np.eye(crf.n_labels)
+    u, _ = plain.mean_field(scores.reshape(-1, crf.n_labels), np.stack(dense_kernels(crf, image)),
+                            W, crf.iterations)
+    return np.exp(u).reshape(scores.shape)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
