@@ -123,17 +123,17 @@ def log_marginals(z, c):                              # (N, L) -> u = log q (N, 
     return u, backward
 
 def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L, L) -> u = log q^T
-    """All marginals at once.  c = 0: q^t = softmax(z^t), which may swing; c > 0: CCCP settles."""
+    """All at once, q^t = softmax(z^t): it may swing; damped, c >= sum_m |W_m|, it settles: CCCP."""
     u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
     q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
         z = f + sum(K_m @ q[t - 1] @ W_m for K_m, W_m in zip(K, W)) + c * q[t - 1]
-        u, back = log_marginals(z, c)
+        u, back = log_marginals(z, c)                 # c = 0: u^t = log softmax(z^t)
         q, into_z = q + [np.exp(u)], into_z + [back]
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
         df, dK, dW = np.zeros_like(f), np.zeros_like(K), np.zeros_like(W)
         for t in range(T, 0, -1):                     # Fig. 3, step 3
-            dz = into_z[t](du)                        # forward: u^t = log q^t of z^t
+            dz = into_z[t](du)                        # dLoss/dz^t
             df += dz
             for m in range(len(K)):
                 dK[m] += dz @ (q[t - 1] @ W[m]).T

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import run_voc
-from minicrf import DenseCRF, __main__, gradcheck
+from minicrf import DenseCRF, __main__, gradcheck, plain
 from minicrf.gradcheck import relative_error
 from minicrf.losses import softmax, softmax_loss
 
@@ -31,30 +31,6 @@ CODE = re.findall(r"`([^`\n]+)`", PROSE)                 # inline code, in the o
 
 
 # --- the plain versions --------------------------------------------------------------------------
-
-def back_tracking(f, y, w, kernels, dkernels, T):
-    """Eqs. 5, 6, Fig. 3 in (N, N) matrices: dL/df (N, L), dL/dw (M,), dL/dlog sigma M times (d,).
-
-    f: (N, L); y: (N,) labels; kernels: M matrices K_m; dkernels: M lists of dK_m/dlog sigma_k.
-    """
-    q = [softmax(f)]                                                     # q^0 .. q^T, each (N, L)
-    for t in range(1, T + 1):
-        q.append(softmax(f + sum(w_m * K @ q[t - 1] for w_m, K in zip(w, kernels))))
-    dz = q[T] - np.eye(f.shape[1])[y]                                    # (N, L): truth's share off
-    df, dw, dsigma = 0, 0, [0] * len(w)
-    for t in range(T, 0, -1):
-        # forward: z^t = f + sum_m w_m K_m q^(t-1)
-        df += dz
-        dw += np.array([(dz * (K @ q[t - 1])).sum() for K in kernels])
-        for m, dK in enumerate(dkernels):
-            dsigma[m] += w[m] * np.array([(dz * (dK_k @ q[t - 1])).sum() for dK_k in dK])
-        dq = sum(w_m * K.T @ dz for w_m, K in zip(w, kernels))
-        # forward: q^(t-1) = softmax(z^(t-1))
-        dz = q[t - 1] * (dq - (dq * q[t - 1]).sum(axis=1, keepdims=True))
-    # forward: z^0 = f
-    df += dz
-    return df, dw, dsigma
-
 
 def small(h, w, n_labels, **options):
     """Scores, an image, labels, an exact CRF with unnormalised kernels, its matrices K and dK."""
@@ -78,7 +54,11 @@ def test_back_tracking_in_matrices_gives_the_gradients_of_the_crf():
     f, image, y, crf, kernels, dkernels = small(4, 5, 3)
     crf.forward(f, image)
     found = crf.backward_logits(softmax_loss(crf.logits.reshape(-1, 3), y)[1] * len(y))
-    df, dw, dsigma = back_tracking(f.reshape(-1, 3), y, crf.params["w"], kernels, dkernels, T=5)
+    W = crf.params["w"][:, None, None] * np.eye(3)
+    u, backward = plain.mean_field(f.reshape(-1, 3), np.stack(kernels), W)
+    df, dK, dW = backward(np.exp(u) - np.eye(3)[y])
+    dw = np.trace(dW, axis1=1, axis2=2)
+    dsigma = [[(dK_m * dK_k).sum() for dK_k in each] for dK_m, each in zip(dK, dkernels)]
     assert relative_error(found.reshape(-1, 3), df) < 1e-9
     assert relative_error(crf.grads["w"], dw) < 1e-9
     assert relative_error(crf.grads["log_sigma_position"], dsigma[0]) < 1e-9
@@ -251,7 +231,7 @@ def test_names_that_do_not_exist_are_noticed():
     for wrong in ("minicrf/layer.py", "test_layers.py::test_nothing", "layers.Conv3d",
                   "DenseCRF.forwards", "spread_backwards", "iterations=6", "no_such_parameter=1"):
         assert unknown(wrong), wrong
-    for right in ("minicrf/layers.py", "test_readme.py::back_tracking", "layers.Conv2d.backward",
+    for right in ("minicrf/layers.py", "test_readme.py::small", "layers.Conv2d.backward",
                   "Conv2d.backward", "DenseCRF.logits", "softmax_loss", "exclude_self=False",
                   "iterations=5", "losses.VOID", "z = f + 1"):
         assert unknown(right) is None, right
