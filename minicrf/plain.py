@@ -194,7 +194,7 @@ def train(stage, net, crf, pictures, rates, steps, rng):
         np.maximum(crf[0], 0, out=crf[0])             # convergence asks for w >= 0
         losses.append(loss)
         if step % (steps // 5) == 0:
-            print(f"  step {step:4}, mean loss since {np.mean(losses[-steps // 5:]):.3f}")
+            print(f"  step {step:4}: loss {np.mean(losses[-steps // 5:]):.3f}")
 
 def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
     counts, losses = np.zeros((6, 6)), []             # counts: true label, label found
@@ -203,7 +203,7 @@ def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
         losses.append(softmax_loss(u, y)[0])
         np.add.at(counts, (y[y != 255], u.argmax(axis=1)[y != 255]), 1)
     iou = 100 * np.mean(counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal()))
-    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on 50 held out")
+    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on the 50 held out")
     return iou
 
 def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random direction
@@ -225,13 +225,13 @@ def main(seed=0):
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
            for _, _, s in NET]
     crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 25., 25., 25.])]
-    print("Drawn: 450 pictures, 24 x 32 pixels, 6 labels.  Stage 1, on 400: the network alone.")
+    print("450 drawn pictures, 24 x 32 pixels, 6 labels; 400 train.  Stage 1: the network alone.")
     for steps, rate in ((1600, 0.01), (400, 0.001)):
         train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)
     before = evaluate("unary", unary, net, crf, pictures[400:])
     evaluate("CRF on top, nothing learned", joint, net, crf, pictures[400:])
-    print(f"gradient against differences: off by {gradient_error(*pictures[0], net, crf, rng):.0e}")
-    print("Stage 2: network and CRF together.")
+    error = gradient_error(*pictures[0], net, crf, rng)
+    print(f"joint gradient against differences: relative error {error:.0e}\nStage 2: both learn.")
     train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 80, rng)
     after = evaluate("joint", joint, net, crf, pictures[400:])
     print(f"IoU: unary {before:.1f}%, joint {after:.1f}%")

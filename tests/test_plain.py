@@ -18,6 +18,7 @@ from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.kernels import ExactFilter, GaussianKernel
 from minicrf.layers import BilinearUpsample, Conv2d, MaxPool2d, ReLU, Sequential
 from minicrf.losses import softmax, softmax_loss
+from minicrf.metrics import confusion_matrix, mean_iou
 from minicrf.optim import SGD
 
 PATH = pathlib.Path(plain.__file__)
@@ -41,7 +42,8 @@ def check(forward, grads, *values, h=1e-5):
 
 def crf_example(N=7, L=3, M=2, seed=0):
     """f (N, L), symmetric K without diagonal (M, N, N), positive semi-definite W (M, L, L)."""
-    f, K, W = random(N, L, seed=seed), random(M, N, N, seed=seed + 1), random(M, L, L, seed=seed + 2)
+    f, K, W = (random(*shape, seed=seed + i)
+               for i, shape in enumerate([(N, L), (M, N, N), (M, L, L)]))
     K = np.exp(-(K - K.transpose(0, 2, 1)) ** 2) * (1 - np.eye(N))
     return f, K, 0.1 * W @ W.transpose(0, 2, 1)
 
@@ -82,7 +84,8 @@ def test_max_pool2d(stride, hole, padding):
     x = distinct(2, 6, 7) - 20                        # negative: the padding must not win
     y, backward = plain.max_pool2d(x, stride, hole, padding)
     dy = random(*y.shape)
-    check(lambda: (dy * plain.max_pool2d(x, stride, hole, padding)[0]).sum(), backward(dy), x, h=1e-2)
+    check(lambda: (dy * plain.max_pool2d(x, stride, hole, padding)[0]).sum(), backward(dy), x,
+          h=1e-2)
     layer = MaxPool2d(2, stride, hole, padding)
     np.testing.assert_array_equal(layer.forward(x[None], train=True)[0], y)
     np.testing.assert_allclose(layer.backward(dy[None])[0], backward(dy)[0])
@@ -162,6 +165,7 @@ def test_one_marginal_at_a_time_never_raises_kl_and_ends_where_the_parallel_upda
     f, K, W = crf_example(5)
     kls = [kl(plain.mean_field_one_by_one(f, K, W, sweeps), f, K, W) for sweeps in range(5)]
     assert (np.diff(kls) < 1e-12).all() and kls[-1] < kls[0] - 0.01
+    np.testing.assert_array_equal(plain.mean_field_one_by_one(f, K, W, 0), plain.softmax(f))
     q = plain.mean_field_one_by_one(f, K, W, 200)
     np.testing.assert_allclose(np.exp(plain.mean_field(f, K, W, T=200)[0]), q, atol=1e-10)
     for other in range(20):
@@ -250,7 +254,8 @@ def example_net():
     rng = np.random.default_rng(1)
     net = [[rng.normal(size=s) * 0.3, rng.normal(size=s[0])] if s else [] for *_, s in plain.NET]
     image, y = toy.picture(rng, 9, 10)
-    return image, y.ravel(), net, [np.array([1., 2.]), np.log([2., 2.]), np.log([8., 8, 40, 40, 40])]
+    crf = [np.array([1., 2.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
+    return image, y.ravel(), net, crf
 
 
 @pytest.mark.parametrize("stage", [plain.unary, plain.joint])
@@ -277,6 +282,17 @@ def test_the_program_checks_gradients_itself():
     assert plain.gradient_error(image, y, net, crf, np.random.default_rng(0)) < 1e-6
     np.testing.assert_allclose(np.concatenate([p.ravel() for p in net[0] + crf]),
                                np.concatenate([p.ravel() for p in kept]))
+
+
+def test_evaluation(capsys):
+    """Mean IoU by the confusion matrix of all pictures, void left out; the mean of their losses."""
+    truths, scores = np.random.default_rng(0).integers(0, 6, (2, 40)), random(2, 40, 6)
+    truths[:, :5] = 255
+    iou = plain.evaluate("", lambda f, net, crf: (f, None), [], [], [*zip(scores, truths)])
+    counts = confusion_matrix(truths, scores.argmax(axis=2), 6)
+    assert relative_error(iou, mean_iou(counts)) < 1e-12
+    loss = np.mean([softmax_loss(z, y)[0] for z, y in zip(scores, truths)])
+    assert f"loss {loss:.3f}, IoU {iou:.1f}%" in capsys.readouterr().out
 
 
 def test_the_fast_network_with_the_same_weights():
