@@ -123,17 +123,17 @@ def log_marginals(z, c):                              # (N, L) -> u = log q (N, 
     return u, backward
 
 def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L, L) -> u = log q^T
-    """All marginals at once.  c = 0: q^t = softmax(z^t), which may swing; c > 0: CCCP settles."""
+    """All at once, q^t = softmax(z^t): it may swing; damped, c >= sum_m |W_m|, it settles: CCCP."""
     u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
     q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
         z = f + sum(K_m @ q[t - 1] @ W_m for K_m, W_m in zip(K, W)) + c * q[t - 1]
-        u, back = log_marginals(z, c)
+        u, back = log_marginals(z, c)                 # c = 0: u^t = log softmax(z^t)
         q, into_z = q + [np.exp(u)], into_z + [back]
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
         df, dK, dW = np.zeros_like(f), np.zeros_like(K), np.zeros_like(W)
         for t in range(T, 0, -1):                     # Fig. 3, step 3
-            dz = into_z[t](du)                        # forward: u^t = log q^t of z^t
+            dz = into_z[t](du)                        # dLoss/dz^t
             df += dz
             for m in range(len(K)):
                 dK[m] += dz @ (q[t - 1] @ W[m]).T
@@ -194,7 +194,7 @@ def train(stage, net, crf, pictures, rates, steps, rng):
         np.maximum(crf[0], 0, out=crf[0])             # convergence asks for w >= 0
         losses.append(loss)
         if step % (steps // 5) == 0:
-            print(f"  step {step:4}, mean loss since {np.mean(losses[-steps // 5:]):.3f}")
+            print(f"  step {step:4}: loss {np.mean(losses[-steps // 5:]):.3f}")
 
 def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
     counts, losses = np.zeros((6, 6)), []             # counts: true label, label found
@@ -203,7 +203,7 @@ def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
         losses.append(softmax_loss(u, y)[0])
         np.add.at(counts, (y[y != 255], u.argmax(axis=1)[y != 255]), 1)
     iou = 100 * np.mean(counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal()))
-    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on 50 held out")
+    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on the 50 held out")
     return iou
 
 def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random direction
@@ -224,14 +224,14 @@ def main(seed=0):
     pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(450))]
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
            for _, _, s in NET]
-    crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
-    print("Drawn: 450 pictures, 24 x 32 pixels, 6 labels.  Stage 1, on 400: the network alone.")
+    crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 25., 25., 25.])]
+    print("450 drawn pictures, 24 x 32 pixels, 6 labels; 400 train.  Stage 1: the network alone.")
     for steps, rate in ((1600, 0.01), (400, 0.001)):
         train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)
     before = evaluate("unary", unary, net, crf, pictures[400:])
     evaluate("CRF on top, nothing learned", joint, net, crf, pictures[400:])
-    print(f"gradient against differences: off by {gradient_error(*pictures[0], net, crf, rng):.0e}")
-    print("Stage 2: network and CRF together.")
+    error = gradient_error(*pictures[0], net, crf, rng)
+    print(f"joint gradient against differences: relative error {error:.0e}\nStage 2: both learn.")
     train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 80, rng)
     after = evaluate("joint", joint, net, crf, pictures[400:])
     print(f"IoU: unary {before:.1f}%, joint {after:.1f}%")

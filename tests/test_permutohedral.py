@@ -1,62 +1,21 @@
-"""The lattice against a plain one kept in a dictionary, and against the Gaussian it stands for."""
+"""The lattice against plain.py's, kept in a dictionary, and against the Gaussian it stands for."""
 import numpy as np
 import pytest
 
 from minicrf import arrays, permutohedral
 from minicrf.permutohedral import PermutohedralLattice
+from minicrf.plain import lattice_filter
 
 
 def features(n, d, dtype=np.float64, width=0.5, seed=0):
     return (np.random.default_rng(seed).standard_normal((n, d)) * width).astype(dtype)
 
 
-def plain_filter(F, values):
-    """[Adams 2010] one point at a time; the lattice is a dictionary: point -> row of values."""
-    n, d = F.shape
-    basis = np.zeros((d, d + 1))              # row j - 1: e_0 + ... + e_(j-1) - j e_j, unit length
-    for j in range(1, d + 1):
-        basis[j - 1, :j] = 1
-        basis[j - 1, j] = -j
-        basis[j - 1] /= np.sqrt(j * (j + 1))
-    elevated = F @ basis * np.sqrt(2 / 3) * (d + 1)
-
-    lattice, corners = {}, []
-    for point, value in zip(elevated, values):
-        # of the remainder-0 points around, the nearest one; the simplex' other corners follow by
-        # stepping along the axes in the order of the point's offsets from it
-        low = np.floor(point / (d + 1)) * (d + 1)
-        cell = low + (d + 1) * (point - low > (d + 1) / 2)
-        while cell.sum() > 0:
-            cell[np.argmin(point - cell)] -= d + 1
-        while cell.sum() < 0:
-            cell[np.argmax(point - cell)] += d + 1
-        order = np.argsort(cell - point)                                 # largest offset first
-        offset = (point - cell)[order] / (d + 1)
-        weights = [1 + offset[-1] - offset[0]] + [offset[d - r] - offset[d + 1 - r]
-                                                  for r in range(1, d + 1)]
-        for r, weight in enumerate(weights):
-            key = cell + r
-            key[order[d + 1 - r:]] -= d + 1
-            key = tuple(key.astype(int))
-            lattice[key] = lattice.get(key, 0) + weight * value
-            corners.append((key, weight))
-
-    for axis in range(d + 1):
-        step = np.ones(d + 1, dtype=int)
-        step[axis] -= d + 1
-        def neighbour(key, sign, lattice=lattice, step=step):
-            return lattice.get(tuple(key + sign * step), 0)
-        lattice = {key: v + (neighbour(key, 1) + neighbour(key, -1)) / 2
-                   for key, v in lattice.items()}
-    out = np.array([weight * lattice[key] for key, weight in corners])       # (N*(d+1), C)
-    return out.reshape(n, d + 1, -1).sum(axis=1) / (1 + 2.0**-d)
-
-
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 9])
 def test_filter_equals_a_lattice_kept_in_a_dictionary(d):
     F = features(60, d, width=1.5)
     values = features(60, 3, seed=1)
-    np.testing.assert_allclose(PermutohedralLattice(F).filter(values), plain_filter(F, values),
+    np.testing.assert_allclose(PermutohedralLattice(F).filter(values), lattice_filter(F, values),
                                rtol=1e-10, atol=1e-12)
 
 

@@ -1,4 +1,7 @@
-"""plain.py against finite differences and brute force; every fast routine against its twin there."""
+"""plain.py against finite differences and brute force; every fast routine against its twin there.
+
+The lattice's twin is held to it in tests/test_permutohedral.py.
+"""
 import ast
 import itertools
 import pathlib
@@ -14,10 +17,10 @@ from minicrf.data import toy
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.kernels import ExactFilter, GaussianKernel
-from minicrf.layers import BilinearUpsample, Conv2d, MaxPool2d, Sequential
+from minicrf.layers import BilinearUpsample, Conv2d, MaxPool2d, ReLU, Sequential
 from minicrf.losses import softmax, softmax_loss
+from minicrf.metrics import confusion_matrix, mean_iou
 from minicrf.optim import SGD
-from minicrf.permutohedral import PermutohedralLattice
 
 PATH = pathlib.Path(plain.__file__)
 POOLS = [(2, 1, (1, 1)), (1, 1, (0, 1)), (1, 2, (1, 1)), (2, 1, (0, 0))]    # stride, hole, padding
@@ -40,7 +43,8 @@ def check(forward, grads, *values, h=1e-5):
 
 def crf_example(N=7, L=3, M=2, seed=0):
     """f (N, L), symmetric K without diagonal (M, N, N), positive semi-definite W (M, L, L)."""
-    f, K, W = random(N, L, seed=seed), random(M, N, N, seed=seed + 1), random(M, L, L, seed=seed + 2)
+    f, K, W = (random(*shape, seed=seed + i)
+               for i, shape in enumerate([(N, L), (M, N, N), (M, L, L)]))
     K = np.exp(-(K - K.transpose(0, 2, 1)) ** 2) * (1 - np.eye(N))
     return f, K, 0.1 * W @ W.transpose(0, 2, 1)
 
@@ -81,7 +85,8 @@ def test_max_pool2d(stride, hole, padding):
     x = distinct(2, 6, 7) - 20                        # negative: the padding must not win
     y, backward = plain.max_pool2d(x, stride, hole, padding)
     dy = random(*y.shape)
-    check(lambda: (dy * plain.max_pool2d(x, stride, hole, padding)[0]).sum(), backward(dy), x, h=1e-2)
+    check(lambda: (dy * plain.max_pool2d(x, stride, hole, padding)[0]).sum(), backward(dy), x,
+          h=1e-2)
     layer = MaxPool2d(2, stride, hole, padding)
     np.testing.assert_array_equal(layer.forward(x[None], train=True)[0], y)
     np.testing.assert_allclose(layer.backward(dy[None])[0], backward(dy)[0])
@@ -89,8 +94,7 @@ def test_max_pool2d(stride, hole, padding):
 
 def test_max_pool2d_gives_ties_to_the_first_tap():
     _, backward = plain.max_pool2d(np.zeros((1, 4, 4)), 2, 1, (0, 0))
-    np.testing.assert_array_equal(backward(np.ones((1, 2, 2)))[0][0], np.kron(np.eye(2) * 0 + 1,
-                                                                              [[1, 0], [0, 0]]))
+    np.testing.assert_array_equal(backward(np.ones((1, 2, 2)))[0][0], [[1, 0, 1, 0], [0] * 4] * 2)
 
 
 def test_upsampling():
@@ -162,6 +166,7 @@ def test_one_marginal_at_a_time_never_raises_kl_and_ends_where_the_parallel_upda
     f, K, W = crf_example(5)
     kls = [kl(plain.mean_field_one_by_one(f, K, W, sweeps), f, K, W) for sweeps in range(5)]
     assert (np.diff(kls) < 1e-12).all() and kls[-1] < kls[0] - 0.01
+    np.testing.assert_array_equal(plain.mean_field_one_by_one(f, K, W, 0), plain.softmax(f))
     q = plain.mean_field_one_by_one(f, K, W, 200)
     np.testing.assert_allclose(np.exp(plain.mean_field(f, K, W, T=200)[0]), q, atol=1e-10)
     for other in range(20):
@@ -229,13 +234,6 @@ def test_dense_crf():
         np.testing.assert_allclose(fast, twin, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 5, 9])
-def test_lattice_filter(d):
-    F, values = 1.5 * random(60, d), random(60, 3, seed=1)
-    np.testing.assert_allclose(PermutohedralLattice(F).filter(values),
-                               plain.lattice_filter(F, values), rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_a_point_is_the_weighted_mean_of_the_corners_around_it(d):
     """Which are one of each remainder: coordinates of corner r are all r modulo d + 1."""
@@ -257,7 +255,8 @@ def example_net():
     rng = np.random.default_rng(1)
     net = [[rng.normal(size=s) * 0.3, rng.normal(size=s[0])] if s else [] for *_, s in plain.NET]
     image, y = toy.picture(rng, 9, 10)
-    return image, y.ravel(), net, [np.array([1., 2.]), np.log([2., 2.]), np.log([8., 8, 40, 40, 40])]
+    crf = [np.array([1., 2.]), np.log([2., 2.]), np.log([8., 8., 40., 40., 40.])]
+    return image, y.ravel(), net, crf
 
 
 @pytest.mark.parametrize("stage", [plain.unary, plain.joint])
@@ -286,6 +285,17 @@ def test_the_program_checks_gradients_itself():
                                np.concatenate([p.ravel() for p in kept]))
 
 
+def test_evaluation(capsys):
+    """Mean IoU by the confusion matrix of all pictures, void left out; the mean of their losses."""
+    truths, scores = np.random.default_rng(0).integers(0, 6, (2, 40)), random(2, 40, 6)
+    truths[:, :5] = 255
+    iou = plain.evaluate("", lambda f, net, crf: (f, None), [], [], [*zip(scores, truths)])
+    counts = confusion_matrix(truths, scores.argmax(axis=2), 6)
+    assert relative_error(iou, mean_iou(counts)) < 1e-12
+    loss = np.mean([softmax_loss(z, y)[0] for z, y in zip(scores, truths)])
+    assert f"loss {loss:.3f}, IoU {iou:.1f}%" in capsys.readouterr().out
+
+
 def test_the_fast_network_with_the_same_weights():
     image, _, net, _ = example_net()
     layers = {}
@@ -299,7 +309,6 @@ def test_the_fast_network_with_the_same_weights():
         elif layer is plain.max_pool2d:
             layers[str(number)] = MaxPool2d(2, *geometry)
         else:
-            from minicrf.layers import ReLU
             layers[str(number)] = ReLU()
     np.testing.assert_allclose(plain.network(x[0], net)[0], Sequential(layers).forward(x)[0],
                                atol=1e-10)
