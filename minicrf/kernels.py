@@ -104,11 +104,11 @@ class KernelGradient:
         self.dW, self.cross, self.dW_of_rows = 0, 0, {}
 
     def spread(self, q, dz):
-        """K_hat [q, F_1 q, ... F_d q] W before slicing."""
-        xp, L = array_module(q), q.shape[1]
+        """K_hat [q, F_1 q, ... F_d q] before slicing."""
         v = self.moments.blur(self.moments.splat(q))                         # (P, (1+d)*L)
-        self.q_moments = compatible(v.reshape(len(v), -1, L), self.W)        # (P, 1+d, L)
-        self.K_q_W = xp.ascontiguousarray(self.q_moments[:, 0])              # (P, L)
+        self.q_moments = v.reshape(len(v), -1, q.shape[1])                   # (P, 1+d, L)
+        first = array_module(v).ascontiguousarray(self.q_moments[:, 0])
+        self.K_q = self.mixed(first)                                         # (P, L)
 
     def spread_back(self, q, dz):
         """[dz, F_1 dz, ... F_d dz] after splatting, and K_hat^T dz before slicing."""
@@ -118,11 +118,11 @@ class KernelGradient:
 
     def gather(self, q, dz, rows):
         """K^T dz W at a block of rows: (rows, L).  q, dz: those rows of both."""
-        K_q_W = self.kernel.K_hat.slice(self.K_q_W, rows)                    # (rows, L)
+        K_q = self.kernel.K_hat.slice(self.K_q, rows)                        # (rows, L)
         K_dz = self.kernel.K_hat.slice(self.K_dz, rows)
         # for the widths, still with i = j
-        self.outer[rows] += row_sums(dz * K_q_W) + row_sums(q * compatible(K_dz, self.W))
-        self.product[rows] += row_sums(q * compatible(dz, self.W))
+        self.outer[rows] += row_sums(dz * K_q) + row_sums(q * self.mixed(K_dz))
+        self.product[rows] += row_sums(q * self.mixed(dz))
         K_dz -= self.kernel.self_weight[rows] * dz
         # dw += <dz, K q> = <q, K^T dz>; a matrix' is (K q)^T dz = q^T (K^T dz)
         self.dW_of_rows[rows.start] = (array_module(q).vdot(q, K_dz) if isinstance(self.W, float)
@@ -131,15 +131,19 @@ class KernelGradient:
 
     def add_up(self):
         """cross_k += <F_k dz, K_hat F_k q W>, and dW from the blocks of rows, in their order."""
-        products = (self.dz_moments * self.q_moments).sum(axis=0, dtype=np.float64)      # (1+d, L)
-        self.cross += products[1:].sum(axis=1)                               # (d,)
+        products = self.dz_moments * self.mixed(self.q_moments)              # (P, 1+d, L)
+        self.cross += products.sum(axis=0, dtype=np.float64)[1:].sum(axis=1)             # (d,)
         self.dW += sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
+
+    def mixed(self, x):
+        """x W (..., L) for a matrix W; x for a number, which is a factor of it all in the end."""
+        return x if isinstance(self.W, float) else x @ self.W
 
     def result(self):
         """dL/dW, () or (L, L), and dL/dlog sigma (d,), on the host."""
         dsigma = self.kernel.shape_gradient(self.outer, self.cross, self.product)
         dW = to_host(self.dW)
-        return (dW + dW.T) / 2, to_host(dsigma)
+        return (dW + dW.T) / 2, to_host(dsigma) * (self.W if isinstance(self.W, float) else 1)
 
 
 def compatible(x, W):
