@@ -42,13 +42,16 @@ def sparse_module(x):
     return scipy.sparse if array_module(x) is np else cupyx.scipy.sparse
 
 
-def for_each(function, items, x):
+def for_each(function, items, x, work=None):
     """[function(item) for each item], where the work is on the array x: on the CPU in threads.
+
+    work: elements to be worked on, those of x by default; a few are not worth a thread.
 
     No call may write what another one reads or writes: then the number of threads does not matter.
     A call of for_each within one of these threads does its work there.
     """
-    alone = array_module(x) is not np or x.size <= SMALL or getattr(WORKER, "busy", False)
+    alone = (array_module(x) is not np or (work or x.size) <= SMALL
+             or getattr(WORKER, "busy", False))
     return list(map(function, items) if alone else POOL.map(function, items))
 
 
@@ -61,6 +64,17 @@ def blocks(n, x):
 def row_sums(x):
     """Sums over the last axis, (..., L) -> (...): as a product, several times faster than .sum."""
     return x @ array_module(x).ones(x.shape[-1], x.dtype)
+
+
+def check_array(name, x, shape):
+    """Raises unless x is an array of that shape, in which a word stands for any number."""
+    if not isinstance(x, array_module(x).ndarray):
+        raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, expected a NumPy "
+                        "or CuPy array")
+    if len(x.shape) != len(shape) or any(n != expected for n, expected in zip(x.shape, shape)
+                                         if not isinstance(expected, str)):
+        raise ValueError(f"{name}: found shape {x.shape}, expected "
+                         f"({', '.join(map(str, shape))})")
 
 
 def gpu_available():

@@ -4,11 +4,14 @@ Stage `unary` trains the network on its own scores; `joint` trains network and C
 of the last mean-field step; `piecewise` trains the CRF alone, the network frozen.
 Legend: B images in a batch, L labels, h x w score cells, H x W original pixels, S input side.
 """
+import copy
+
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from .arrays import array_module, to_device, to_host
-from .densecrf import LARGEST_LOG_SIGMA
+from .arrays import array_module, for_each, to_device, to_host
+from .meanfield import LARGEST_LOG_SIGMA
 from .losses import softmax_loss
 from .optim import SGD
 from .vgg import seed_dropout
@@ -62,32 +65,83 @@ def accumulate_gradients(model, batch, share, train_net=True):
     share: 1 / images in the whole batch, of which this may be a part.  The loss is a 0-d array on
     the device: nothing waits for it here.
     """
-    net, crf = model.net, model.crf
+    net = model.net
     images, truths, resized = zip(*batch)
     # Step 1: forward pass, scores f
     scores = net.forward(model.inputs(resized), train=train_net)         # (B, L, h, w)
-    dscores = array_module(scores).empty_like(scores)
-    total = 0
-    for i, (image, truth) in enumerate(zip(images, truths)):
-        f = net.upsample.forward(scores[i], truth.shape, train=True)     # (H, W, L)
-        # Step 2: marginals q^t by filtering; the loss of the last, q^T = softmax(z)
-        z = f
-        if crf is not None:
-            crf.forward(f, to_device(image, model.device))
-            z = crf.logits                                               # (H, W, L)
-        y = to_device(truth.reshape(-1), model.device)                   # (N,)
-        loss, dz = softmax_loss(z.reshape(-1, z.shape[-1]), y)           # (N, L)
-        total += share * loss
-        dz *= dz.dtype.type(share)
-        df = dz.reshape(z.shape)                                         # (H, W, L)
-        # Step 3: back-tracking through the marginals
-        if crf is not None:
-            df = crf.backward_logits(df)
-        # Step 4: backward pass, the chain rule
-        dscores[i] = net.upsample.backward(df)
+    losses, dscores, grads = zip(*for_each(
+        lambda each: image_gradients(model, *each, share), list(zip(scores, images, truths)),
+        scores, work=sum(truth.size for truth in truths) * scores.shape[1]))
+    for each in grads:
+        for key, g in each.items():
+            model.crf.grads[key] += g
+    # Step 4: backward pass, the chain rule
     if train_net:
-        net.backward(dscores)
-    return total
+        net.backward(array_module(scores).stack(dscores))                # (B, L, h, w)
+    return sum(losses)
+
+
+def image_gradients(model, scores, image, truth, share):
+    """Steps 2 and 3 of Fig. 3 for one image of a batch, and the upsampling around them.
+
+    scores: (L, h, w), on the device; the rest as in `accumulate_gradients`.  Returns the loss times
+    share, its gradient by the scores, and a dict of those by the CRF's parameters.  The layer is a
+    copy, so that images can be worked on side by side.
+    """
+    upsample = copy.copy(model.net.upsample)
+    f = upsample.forward(scores, truth.shape, train=True)                # (H, W, L)
+    y = to_device(truth, model.device)
+    if model.crf is None:
+        loss, df = softmax_loss(f.reshape(-1, f.shape[-1]), y.ravel())   # (N, L)
+        grads = {}
+    else:
+        loss, df, grads = crf_gradients(model.crf, f, to_device(image, model.device), y)
+    df *= df.dtype.type(share)
+    grads = {key: share * g for key, g in grads.items()}
+    return share * loss, upsample.backward(df.reshape(f.shape)), grads
+
+
+def crf_gradients(crf, f, image, y):
+    """Steps 2 and 3 of Fig. 3: the loss, its gradients by f, and by crf.params as a dict.
+
+    f: scores (*S, L); image: as in crf.forward; y: labels (*S), VOID where not known.  `crf` keeps
+    nothing: of one CRF several images can be worked on side by side.
+    """
+    crf = copy.copy(crf)
+    crf.grads = {key: np.zeros_like(g) for key, g in crf.grads.items()}
+    # Step 2: marginals q^t by filtering; the loss of the last, q^T = softmax(logits)
+    crf.forward(f, image)
+    loss, dz = softmax_loss(crf.logits.reshape(-1, crf.n_labels), y.ravel())             # (N, L)
+    # Step 3: back-tracking through the marginals
+    return loss, crf.backward_logits(dz), crf.grads
+
+
+def learn(crf, samples, epochs=10, rate=1.0, rate_w=0.3, rate_sigma=0.1, momentum=0.9):
+    """Fit the parameters of a CRF, on scores that stay as they are, to Eq. 6; returns the losses.
+
+    crf: a DenseCRF or FeatureCRF, changed in place.  samples: a list of (scores, image, labels),
+    as in crf.forward, labels (*S) integers or VOID.  One update for each sample, in an order drawn
+    anew for each epoch; rates of w and log sigma, both times `rate`.  Losses: each sample's, before
+    its update, as an array (epochs, samples).  Raises ValueError where a step leaves no numbers.
+
+    The likelihood is not intersection over union: the two need not agree on the best weights.  And
+    a network is surer of the images it was trained on than of others: learn from other images, or
+    the weights come out too small.
+    """
+    rates = {key: rate * (rate_w if key == "w" else rate_sigma) for key in crf.params}
+    optimiser = SGD(crf.params, crf.grads, rates, dict.fromkeys(rates, 0.0), momentum)
+    losses = np.empty((epochs, len(samples)))
+    rng = np.random.default_rng(0)
+    for epoch in tqdm(range(epochs), "learn", unit="epoch", disable=None):
+        for i in rng.permutation(len(samples)):
+            loss, _, grads = crf_gradients(crf, *samples[i])
+            for key, g in grads.items():
+                crf.grads[key] += g
+            optimiser.step()
+            crf.project()
+            losses[epoch, i] = float(loss)
+            check_step(losses[epoch, i], crf.params)
+    return losses
 
 
 def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
@@ -130,9 +184,7 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     # Step 5: parameter update
     optimiser.step()
     if model.crf is not None:
-        # Potts energies stay negative semi-definite only for w >= 0
-        w = model.crf.params["w"]
-        w[...] = w.clip(0)
+        model.crf.project()
     return loss
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from .. import __version__, vgg
 from ..arrays import array_module, to_host
 from ..data import weights
-from ..densecrf import LARGEST_LOG_SIGMA, DenseCRF
+from ..densecrf import DenseCRF
+from ..meanfield import LARGEST_LOG_SIGMA
 from ..files import replacing
 from ..training import STAGES, Model
 

@@ -1,0 +1,46 @@
+"""Marginals of logits: the softmax, or the damped update that cannot swap labels for ever (Sec. 3.1).
+
+Legend: N pixels, L labels.
+"""
+from .arrays import array_module, row_sums
+from .losses import softmax
+
+NEWTON_STEPS = 20       # 4 to 13 suffice for logits up to 100 and damping up to 20
+NEWTON_ERROR = {"f": 1e-6, "d": 1e-14}           # of the sum of a row's marginals
+
+
+def marginals(z, q_old, c):
+    """q (N, L): log q + c q = z + c q_old - lambda, its rows sum to 1.  c = 0: softmax(z).
+
+    "A non-linear system of equations independently for each marginal" (Sec. 3.1), in u = log q and
+    lambda, by Newton's method.
+    """
+    if c == 0:
+        return softmax(z)
+    xp = array_module(z)
+    z = z + c * q_old
+    z -= z.max(axis=-1, keepdims=True)
+    z = xp.maximum(z, -1000 * (1 + c))           # also -inf: there exp(u) is 0
+    u = z / (1 + c)                              # u = log softmax(z / (1 + c)) to start with
+    u -= xp.log(row_sums(xp.exp(u)))[:, None]
+    q = xp.exp(u)
+    shift, excess = row_sums(q * (z - u - c * q)), 0                         # lambda: (N,)
+    for _ in range(NEWTON_STEPS):
+        slope = 1 + c * q                                                    # (N, L)
+        r = z - u - c * q - shift[:, None]       # what is left of the first equation
+        h = q / slope
+        step = (row_sums(h * r) + excess) / row_sums(h)                      # (N,)
+        shift += step
+        u += (r - step[:, None]) / slope
+        q = xp.exp(u)
+        excess = row_sums(q) - 1                 # of the second one, half the square of the step
+        if bool(abs(excess).max() < NEWTON_ERROR[z.dtype.char]):
+            break
+    return q / (1 + excess)[:, None]
+
+
+def through_marginals(dq, q, c):
+    """dL/dz from dL/dq, q = marginals(z, ...), all (N, L)."""
+    h = q / (1 + c * q) if c else q
+    mean = row_sums(h * dq) / row_sums(h) if c else row_sums(h * dq)         # sum_l q = 1
+    return h * (dq - mean[:, None])

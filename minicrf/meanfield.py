@@ -1,0 +1,272 @@
+"""Mean-field inference in a fully connected CRF (Sec. 3.1), and back-tracking through it (Fig. 3).
+
+    q^0 = softmax(f);   z^t = f + sum_m K_m q^(t-1) W_m;   q^t = softmax(z^t),   t = 1..T
+Eq. 5 for all pixels at once; W_m is the compatibility mu^(m) as a score, w_m I for Potts (Eq. 9).
+Legend: S the shape of the image, N its pixels; L labels; M kernels, the m-th one of d_m features;
+T mean-field steps.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import array_module, blocks, check_array, for_each, row_sums
+from .kernels import GaussianKernel, KernelGradient, compatible
+from .marginals import marginals, through_marginals
+
+LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone astray
+
+
+class State(NamedTuple):
+    """What a forward pass keeps for its way back."""
+    kernels: list       # M GaussianKernels
+    W: list             # M compatibilities: numbers, or matrices (L, L)
+    c: float            # damping
+    steps: list         # q^0 .. q^(T-1), each (N, L)
+    q: object           # q^T (N, L)
+    logits: object      # log q^T (*S, L), up to a constant a pixel: z^T where c = 0
+
+
+class FeatureCRF:
+    """Mean-field inference in a CRF that M kernels of any features connect fully, and its gradients.
+
+    n_labels: L.
+    w: (M,), a weight for each kernel in the units of the scores (Potts), or (M, L, L), symmetric
+        matrices of compatibility: the reward for label l at a pixel and l' at another one.
+    sigmas: M lists of widths, one for each dimension of a kernel's features; or a dict of them.
+    iterations: T.
+    normalization: "symmetric" or "none".
+    exclude_self: j != i as in Eq. 5.  False gives what public dense-CRF libraries compute.
+    damping: c >= 0.  0 is the parallel update, which may swap labels for ever; from
+        `descent_damping` on the free energy falls (Sec. 3.1: CCCP, by Newton's method).
+    exact: brute-force kernels, O(N^2), instead of the permutohedral lattice.
+
+    params, grads: dicts of float64 NumPy arrays "w" and "log_sigma_NAME", NAME being 0 .. M-1 or a
+        key of sigmas.  backward adds into grads; `project` keeps w in range when learning.
+    state: what the last forward kept for backward.
+    Raises ValueError where an option has the wrong length, sign or name.
+    """
+    __slots__ = ("n_labels", "iterations", "normalization", "exclude_self", "damping", "exact",
+                 "params", "grads", "state")
+
+    def __init__(self, n_labels, *, w, sigmas, iterations=5, normalization="symmetric",
+                 exclude_self=True, damping=0., exact=False):
+        if normalization not in ("symmetric", "none"):
+            raise ValueError(f"normalization: found {normalization!r}, "
+                             "expected 'symmetric' or 'none'")
+        M, L = len(sigmas), n_labels
+        if not (L >= 1 and iterations >= 0 and 0 <= damping < np.inf and M):
+            raise ValueError(f"found {M} kernels, n_labels {L}, iterations {iterations} and "
+                             f"damping {damping}, expected 1, 1, 0 and 0 or more")
+        self.n_labels, self.iterations, self.normalization = n_labels, iterations, normalization
+        self.exclude_self, self.damping, self.exact = exclude_self, damping, exact
+        self.state = None
+        w = np.array(w, dtype=np.float64)
+        if (w.shape not in ((M,), (M, L, L)) or not np.isfinite(w).all()
+                or w.ndim == 3 and not np.allclose(w, w.swapaxes(1, 2))):
+            raise ValueError(f"w: found {w.tolist()}, expected a finite number for each kernel, "
+                             f"({M},), or symmetric matrices, ({M}, {L}, {L})")
+        self.params = {"w": w}
+        for name, sigma in (sigmas.items() if isinstance(sigmas, dict) else enumerate(sigmas)):
+            sigma = np.array(sigma, dtype=np.float64)
+            if sigma.ndim != 1 or not sigma.size or not (np.isfinite(sigma) & (sigma > 0)).all():
+                raise ValueError(f"sigma_{name}: found {sigma.tolist()}, expected positive widths")
+            self.params[f"log_sigma_{name}"] = np.log(sigma)
+        self.grads = {name: np.zeros_like(value) for name, value in self.params.items()}
+
+    def __repr__(self):
+        shown = {"w": self.params["w"]}
+        shown |= {name[4:]: np.exp(self.params[name]) for name in self._widths()}
+        shown = {name: value.round(4).tolist() for name, value in shown.items()}
+        shown |= {name: getattr(self, name) for name in FeatureCRF.__slots__[1:6]}
+        text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__name__}({self.n_labels}, {text})"
+
+    def forward(self, scores, features, train=True):
+        """Marginals q (*S, L) of scores f (*S, L): Eq. 5, T times, for all pixels at once.
+
+        scores: float32 or float64, larger is likelier; -inf forbids a label.
+        features: M arrays (*S, d_m), in the units of sigmas.
+        train: keep what backward needs in `state`.  False saves memory and gives the same result.
+        Raises TypeError for other kinds of arrays; ValueError for NaN or +inf, a pixel with every
+        label forbidden, weights too large for the dtype, or shapes that disagree.  No argument is
+        written to.
+        """
+        xp = array_module(scores)
+        _check_scores(scores, self.n_labels)
+        f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
+        kernels, W = self._kernels(features, scores), self._compatibility(f)
+        q, logits = xp.zeros_like(f), xp.empty_like(f) if train else None    # (N, L)
+        steps = []                                                           # q^0 .. q^(T-1)
+
+        def update(rows):
+            z = f[rows].copy()                                               # z^0 = f
+            for kernel, W_m, v in zip(kernels, W, spread):                   # + K_m q^(t-1) W_m
+                z += kernel.gather(v, compatible(q_old[rows], W_m), rows)
+            new = marginals(z, q_old[rows], c)
+            if train and t == self.iterations:
+                logits[rows] = z + c * (q_old[rows] - new) if c else z
+            q[rows] = new
+
+        for t in range(self.iterations + 1):
+            c = self.damping if t > 0 else 0
+            q_old, q = q, xp.empty_like(f) if train else q
+            spread = for_each(lambda m: compatible(kernels[m].spread(q_old), W[m]),
+                              range(len(kernels) if t > 0 else 0), f)
+            for_each(update, blocks(len(f), f), f)
+            steps += [q_old] if train and t > 0 else []
+
+        if not bool(abs(q.sum()) < np.inf):                                  # NaN compares as false
+            raise ValueError(f"w: found {self.params['w'].tolist()}, too large for marginals in "
+                             f"{f.dtype}; expected smaller weights")
+        if train:
+            self.state = State(kernels, W, self.damping, steps, q, logits.reshape(scores.shape))
+        return q.reshape(scores.shape)                                       # (*S, L)
+
+    @property
+    def logits(self):
+        """Of the last forward pass: state.logits, (*S, L), for losses.softmax_loss."""
+        return self._kept(None).logits
+
+    # forward: q^T = marginals(z^T)
+    def backward(self, dq, state=None):
+        """dL/dq (*S, L) -> dL/dscores (*S, L); adds dL/dparams into grads.
+
+        state: `crf.state` as the forward pass in question left it; None is that of the last one.
+        """
+        state = self._kept(state)
+        dq = _checked_gradient("dq", dq, state)
+        return self._back_track(through_marginals(dq, state.q, state.c), state)
+
+    def backward_logits(self, dz, state=None):
+        """The same from dL/dlogits, (*S, L) or (N, L): q - onehot(y) for Eq. 6, no 1/q in it."""
+        state = self._kept(state)
+        dz = _checked_gradient("dz", dz, state)
+        if state.c and state.steps:
+            # forward: logits = z^T + c q^(T-1) - c q^T, q^T = marginals(z^T + c q^(T-1))
+            weight = 1 / (1 + state.c * state.q)                             # (N, L)
+            h = state.q * weight
+            dz = weight * dz
+            dz -= h * (row_sums(dz) / row_sums(h))[:, None]
+        return self._back_track(dz, state)
+
+    def _back_track(self, dz, state):
+        """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, whatever the number of parameters."""
+        df, dz, c = array_module(dz).zeros_like(dz), dz.copy(), state.c      # (N, L)
+        kernels = [KernelGradient(*each) for each in zip(state.kernels, state.W)]
+
+        def turn_back(rows):
+            df[rows] += dz[rows]
+            dq = c * dz[rows]
+            for kernel in kernels:                                           # + K_m^T dz^t W_m
+                dq += kernel.gather(q[rows], dz[rows], rows)
+            # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
+            dz[rows] = through_marginals(dq, q[rows], c if t > 1 else 0)
+
+        for t in range(len(state.steps), 0, -1):
+            # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            q = state.steps[t - 1]
+            for_each(lambda spread: spread(q, dz), [spread for kernel in kernels for spread in
+                                                    (kernel.spread, kernel.spread_back)], dz)
+            for_each(turn_back, blocks(len(dz), dz), dz)
+            for_each(lambda kernel: kernel.add_up(), kernels, dz)
+        # forward: z^0 = f
+        df += dz
+        for m, (name, kernel) in enumerate(zip(self._widths(), kernels)):
+            dW, dsigma = kernel.result()
+            self.grads["w"][m] += dW
+            self.grads[name] += dsigma
+        return df.reshape(state.logits.shape)                                # (*S, L)
+
+    def project(self):
+        """After an update of w: to the nearest w >= 0, or positive semi-definite matrices.
+
+        That is mu^(m) negative semi-definite as an energy, which convergence asks for (Sec. 3.1).
+        """
+        w = self.params["w"]
+        if w.ndim == 1:
+            w[...] = w.clip(0)
+        else:
+            values, vectors = np.linalg.eigh((w + w.swapaxes(1, 2)) / 2)     # (M, L), (M, L, L)
+            w[...] = vectors * values.clip(0)[:, None] @ vectors.swapaxes(1, 2)
+
+    def descent_damping(self, scores, features):
+        """The damping from which on no step raises the free energy (with exact kernels): a float.
+
+        c >= sum_m kappa_m,i lambda_max(W_m) for every pixel i: the diagonals that j != i leaves out
+        would have made the kernels positive semi-definite (Sec. 3.1).
+        """
+        w = self.params["w"]
+        largest = abs(w) if w.ndim == 1 else abs(np.linalg.eigvalsh(w)).max(axis=1)          # (M,)
+        kernels = self._kernels(features, scores)
+        return float(sum(k.self_weight * float(x) for k, x in zip(kernels, largest)).max())
+
+    def free_energy(self, q, scores, features):
+        """KL(q || p) of marginals q (*S, L), less the constant log Z: what Eq. 4 minimises.
+
+            sum_il q (log q - f)  -  1/2 sum_m sum_(i != j) k_m(i,j) q_i W_m q_j
+
+        A float, to watch convergence by.  The parallel update does not promise to lower it at each
+        step: it can swap between two states.  j != i, whatever exclude_self says.
+        """
+        xp = array_module(scores)
+        _check_scores(scores, self.n_labels)
+        kernels = self._kernels(features, scores)
+        f, q = (a.reshape(-1, self.n_labels) for a in (scores, q))           # (N, L)
+        possible = q > 0                                                     # 0 log 0 = 0
+        log_q, f_q = xp.log(xp.where(possible, q, 1)), xp.where(possible, f, 0)
+        energy = (q * (log_q - f_q)).sum(dtype=np.float64)
+        for kernel, W_m in zip(kernels, self._compatibility(f)):
+            Kq = kernel.K_hat.filter(q) - kernel.diagonal[:, None] * q
+            energy = energy - (q * compatible(Kq, W_m)).sum(dtype=np.float64) / 2
+        return float(energy)
+
+    def _widths(self):
+        return [name for name in self.params if name != "w"]
+
+    def _compatibility(self, f):
+        """W_m, m = 1..M: numbers, or matrices (L, L) where f is and in its dtype."""
+        w = self.params["w"]
+        return w.tolist() if w.ndim == 1 else list(array_module(f).asarray(w.astype(f.dtype)))
+
+    def _kernels(self, features, scores):
+        """The M GaussianKernels of features, M arrays (*S, d_m), in the dtype of the scores."""
+        names = self._widths()
+        if len(features) != len(names):
+            raise ValueError(f"features: found {len(features)} arrays, expected {len(names)}, "
+                             "one for each kernel")
+        kernels = []
+        for name, F in zip(names, features):
+            d = self.params[name].size
+            check_array("features", F, (*scores.shape[:-1], d))
+            with np.errstate(over="ignore"):     # astray: found when the step is checked
+                sigma = np.exp(self.params[name])
+            xp = array_module(scores)
+            F = xp.ascontiguousarray(xp.asarray(F).reshape(-1, d).T.astype(scores.dtype))    # (d, N)
+            kernels.append(GaussianKernel(F, sigma, self.normalization, self.exclude_self,
+                                          self.exact))
+        return kernels
+
+    def _kept(self, state):
+        state = state or self.state
+        if state is None:
+            raise ValueError("backward: found no forward pass with train=True before it")
+        return state
+
+
+def _check_scores(scores, n_labels):
+    check_array("scores", scores, ("...",) * max(getattr(scores, "ndim", 2) - 1, 1) + (n_labels,))
+    if scores.dtype.str[1:] not in ("f4", "f8") or not scores.dtype.isnative or not scores.size:
+        raise ValueError(f"scores: found {scores.size} of {scores.dtype.str}, expected float32 or "
+                         "float64 in the machine's byte order")
+    # NumPy finds one maximum ten times faster than one a pixel; a GPU should be asked but once
+    per_pixel = array_module(scores) is not np or scores.min() == -np.inf
+    best = scores.max(axis=-1) if per_pixel else scores.max()
+    if not bool((abs(best) < np.inf).all()):     # NaN compares as false
+        raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
+
+
+def _checked_gradient(name, gradient, state):
+    """dL/dq or dL/dlogits as (N, L), in a dtype of its own."""
+    flat = getattr(gradient, "ndim", 0) == 2
+    check_array(name, gradient, state.q.shape if flat else state.logits.shape)
+    return gradient.reshape(state.q.shape)
