@@ -270,7 +270,7 @@ def _check_scores(scores, n_labels):
 
 
 def _checked_gradient(name, gradient, state):
-    """dL/dq or dL/dlogits as (N, L), in a dtype of its own."""
+    """dL/dq or dL/dlogits as (N, L), in the dtype of the marginals."""
     flat = getattr(gradient, "ndim", 0) == 2
     check_array(name, gradient, state.q.shape if flat else state.logits.shape)
-    return gradient.reshape(state.q.shape)
+    return gradient.reshape(state.q.shape).astype(state.q.dtype, copy=False)
