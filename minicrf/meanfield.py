@@ -193,12 +193,16 @@ class FeatureCRF:
         """The damping from which on no step raises the free energy (with exact kernels): a float.
 
         c >= sum_m kappa_m,i lambda_max(W_m) for every pixel i: the diagonals that j != i leaves out
-        would have made the kernels positive semi-definite (Sec. 3.1).
+        would have made the kernels positive semi-definite (Sec. 3.1).  Out of the range in which
+        `project` keeps w, c also covers -lambda_min(W_m) times what pixel i hears of all others.
         """
-        w = self.params["w"]
-        largest = abs(w) if w.ndim == 1 else abs(np.linalg.eigvalsh(w)).max(axis=1)          # (M,)
-        kernels = self._kernels(features, scores)
-        return float(sum(k.self_weight * float(x) for k, x in zip(kernels, largest)).max())
+        xp, w = array_module(scores), self.params["w"]
+        one = xp.ones_like(scores[..., :1]).reshape(-1, 1)                   # (N, 1)
+        c, of_W = 0, w[:, None] if w.ndim == 1 else np.linalg.eigvalsh(w)    # eigenvalues (M, L)
+        for kernel, low, high in zip(self._kernels(features, scores), of_W.min(1), of_W.max(1)):
+            c = c + xp.maximum(kernel.self_weight * max(0., float(high)),
+                               kernel.filter(one) * max(0., float(-low)))
+        return float(c.max())
 
     def free_energy(self, q, scores, features):
         """KL(q || p) of marginals q (*S, L), less the constant log Z: what Eq. 4 minimises.
@@ -266,7 +270,7 @@ def check_scores(scores, n_labels):
 
 
 def _checked_gradient(name, gradient, state):
-    """dL/dq or dL/dlogits as (N, L), in a dtype of its own."""
+    """dL/dq or dL/dlogits as (N, L), in the dtype of the marginals."""
     flat = getattr(gradient, "ndim", 0) == 2
     check_array(name, gradient, state.q.shape if flat else state.logits.shape)
-    return gradient.reshape(state.q.shape)
+    return gradient.reshape(state.q.shape).astype(state.q.dtype, copy=False)
