@@ -127,7 +127,7 @@ def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L
     u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
     q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
-        z = f + sum(K_m @ q[t - 1] @ W_m for K_m, W_m in zip(K, W)) + c * q[t - 1]
+        z = f + (K @ q[t - 1] @ W).sum(axis=0) + c * q[t - 1]            # (M, N, L) -> (N, L)
         u, back = log_marginals(z, c)                 # c = 0: u^t = log softmax(z^t)
         q, into_z = q + [np.exp(u)], into_z + [back]
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
@@ -135,10 +135,10 @@ def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L
         for t in range(T, 0, -1):                     # Fig. 3, step 3
             dz = into_z[t](du)                        # dLoss/dz^t
             df += dz
-            for m in range(len(K)):
-                dK[m] += dz @ (q[t - 1] @ W[m]).T
-                dW[m] += (K[m] @ q[t - 1]).T @ dz
-            dq = sum(K_m.T @ dz @ W_m.T for K_m, W_m in zip(K, W)) + c * dz
+            K_dz = K.transpose(0, 2, 1) @ dz          # (M, N, L)
+            dK += dz @ (q[t - 1] @ W).transpose(0, 2, 1)
+            dW += q[t - 1].T @ K_dz                   # (K q)^T dz
+            dq = (K_dz @ W.transpose(0, 2, 1)).sum(axis=0) + c * dz
             du = q[t - 1] * dq                        # q = exp u
         return df + into_z[0](du), dK, dW
     return u, backward
