@@ -25,7 +25,7 @@ def conv2d(x, w, b, hole):                            # (C, H, W), (O, C, k, k),
         return dx[:, p:p + H, p:p + W], dw, dy.sum(axis=(1, 2))
     return y, backward
 
-def relu(x):                                          # any shape
+def relu(x):                                          # any shape; backward -> (dx,)
     return np.maximum(x, 0), lambda dy: (dy * (x > 0),)
 
 def max_pool2d(x, stride, hole, padding):             # (C, H, W) -> (C, h, w)
@@ -127,7 +127,7 @@ def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L
     u, back = log_marginals(f, 0)                     # q^0 = softmax(f)
     q, into_z = [np.exp(u)], [back]
     for t in range(1, T + 1):
-        z = f + sum(K_m @ q[t - 1] @ W_m for K_m, W_m in zip(K, W)) + c * q[t - 1]
+        z = f + (K @ q[t - 1] @ W).sum(axis=0) + c * q[t - 1]            # (M, N, L) -> (N, L)
         u, back = log_marginals(z, c)                 # c = 0: u^t = log softmax(z^t)
         q, into_z = q + [np.exp(u)], into_z + [back]
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
@@ -135,10 +135,10 @@ def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L
         for t in range(T, 0, -1):                     # Fig. 3, step 3
             dz = into_z[t](du)                        # dLoss/dz^t
             df += dz
-            for m in range(len(K)):
-                dK[m] += dz @ (q[t - 1] @ W[m]).T
-                dW[m] += (K[m] @ q[t - 1]).T @ dz
-            dq = sum(K_m.T @ dz @ W_m.T for K_m, W_m in zip(K, W)) + c * dz
+            K_dz = K.transpose(0, 2, 1) @ dz          # (M, N, L)
+            dK += dz @ (q[t - 1] @ W).transpose(0, 2, 1)
+            dW += q[t - 1].T @ K_dz                   # (K q)^T dz
+            dq = (K_dz @ W.transpose(0, 2, 1)).sum(axis=0) + c * dz
             du = q[t - 1] * dq                        # q = exp u
         return df + into_z[0](du), dK, dW
     return u, backward
@@ -203,7 +203,7 @@ def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
         losses.append(softmax_loss(u, y)[0])
         np.add.at(counts, (y[y != 255], u.argmax(axis=1)[y != 255]), 1)
     iou = 100 * np.mean(counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal()))
-    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on the 50 held out")
+    print(f"{name}: loss {np.mean(losses):.3f}, IoU {iou:.1f}% on the 40 held out")
     return iou
 
 def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random direction
@@ -221,18 +221,18 @@ def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random
 def main(seed=0):
     from minicrf.data.toy import picture
     rng = np.random.default_rng(seed)
-    pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(450))]
+    pictures = [(image, y.ravel()) for image, y in (picture(rng, 24, 32) for _ in range(440))]
     net = [[rng.normal(size=s) * np.sqrt(2 / np.prod(s[1:])), np.zeros(s[0])] if s else []
            for _, _, s in NET]
     crf = [np.array([0.5, 3.]), np.log([2., 2.]), np.log([8., 8., 25., 25., 25.])]
-    print("450 drawn pictures, 24 x 32 pixels, 6 labels; 400 train.  Stage 1: the network alone.")
+    print("440 drawn pictures, 24 x 32 pixels, 6 labels; 400 train.  Stage 1: the network alone.")
     for steps, rate in ((1600, 0.01), (400, 0.001)):
         train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)
     before = evaluate("unary", unary, net, crf, pictures[400:])
     evaluate("CRF on top, nothing learned", joint, net, crf, pictures[400:])
     error = gradient_error(*pictures[0], net, crf, rng)
     print(f"joint gradient against differences: relative error {error:.0e}\nStage 2: both learn.")
-    train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 80, rng)
+    train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 60, rng)
     after = evaluate("joint", joint, net, crf, pictures[400:])
     print(f"IoU: unary {before:.1f}%, joint {after:.1f}%")
 
