@@ -125,6 +125,13 @@ def test_a_checkpoint_of_something_else_is_refused(checkpoint, tmp_path, arrays,
     refused(changed(checkpoint, tmp_path / "joint.npz", arrays, **info), named)
 
 
+def test_a_checkpoint_of_a_version_that_kept_more_is_taken(checkpoint, tmp_path):
+    """As that of 0.1.0 before this one: the best mean IoU, and what a run started from."""
+    old = changed(checkpoint, tmp_path / "joint.npz", best=50.5, start=7, settings={
+        "seed": 0, "training list (its checksum)": 5})
+    load(old, {"stage": "joint", "seed": 0, "image lists (their checksum)": 6})
+
+
 def test_fresh_layers_that_make_no_sense_do_no_harm(checkpoint, tmp_path):
     load(changed(checkpoint, tmp_path / "joint.npz", fresh=[["fc8"], {}, "fc9"]))
 

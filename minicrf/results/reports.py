@@ -17,12 +17,12 @@ from .metrics import BAND
 
 
 def columns(stage):
-    """{column of the table: method of evaluation.evaluate}, the stage's own last.
+    """{column of the table: method of evaluation.evaluate}.
 
     After unary training the CRF is one that has learned nothing.
     """
     if stage == "unary":
-        return {"unary + CRF": "crf", "unary": "unary"}
+        return {"unary": "unary", "unary + CRF": "crf"}
     return {f"{stage} without CRF": "unary", stage: "crf"}
 
 
@@ -78,7 +78,7 @@ def table(out, also, data, stage):
             if read and not _same_images(read, like):
                 notes += f"not in this table: {stage}{place}, measured on another data set\n"
                 continue
-            for name, method in reversed(columns(stage).items()) if read else ():
+            for name, method in columns(stage).items() if read else ():
                 # piecewise without CRF is unary
                 if method in read and not (method == "unary" != stage and np.array_equal(
                         read["unary"], confusions.get("unary"))):
@@ -156,17 +156,15 @@ def _same_images(one, other):
 
 
 def _entry(stage, read):
-    """The entry of results.json for a stage; None where a class is not in the truth."""
-    entry = {}
-    for method, key in zip(columns(stage).values(),
-                           ("fixed_crf" if stage == "unary" else "before_crf", None)):
-        for prefix, part in (("", entry), ("train_", entry.setdefault("train", {}))):
-            if prefix + method in read:
-                found = _figures(read, method, prefix)
-                part |= {key: found} if key else found
-    if not entry["train"]:
-        del entry["train"]
-    return entry
+    """The entry of results.json for a stage: its own figures, and those of the other method."""
+    other = {"unary": "crf"}.get(stage, "unary")
+    key = "fixed_crf" if stage == "unary" else "before_crf"
+
+    def part(prefix):
+        entry = _figures(read, columns(stage)[stage], prefix)
+        return entry | ({key: _figures(read, other, prefix)} if other in read else {})
+
+    return part("") | ({"train": part("train_")} if "train_unary" in read else {})
 
 
 def _figures(read, method, prefix=""):
