@@ -9,13 +9,14 @@ import os
 import sys
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 from .arrays import gpu_available, to_device, to_host
 from .data import pictures, voc
 from .densecrf import DenseCRF
-from .files import reason
+from .files import reason, regular
 from .losses import VOID
+from .program import WEIGHT, WIDTH, Parser, number, run_program
 from .results import checkpoints
 from .scores import scores_from_labels, scores_from_probabilities
 
@@ -23,13 +24,6 @@ CONFIDENCE = 0.7
 MAX_LABELS = VOID                      # labels are 0..254
 MODES = ("1", "L", "P", "RGB", "RGBA")
 RGB_CODE = 1 << 16, 1 << 8, 1          # a colour as one number
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse would print the usage as well."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments=None):
@@ -54,14 +48,15 @@ def parse_arguments(arguments=None):
     add("--unknown", metavar="COLOUR", type=colour,
         help="colour of the pixels whose label is to be found: a name, R,G,B or RRGGBB")
     add = parser.add_argument_group("the CRF").add_argument
-    add("--w", type=float, nargs=2, metavar=("POSITION", "BILATERAL"),
+    add("--w", type=WEIGHT, nargs=2, metavar=("POSITION", "BILATERAL"),
         help="weights of the two kernels (default: 3 10)")
-    add("--sigma-position", type=float, metavar="PIXELS", help="(default: 3)")
-    add("--sigma-bilateral", type=float, nargs=2, metavar=("PIXELS", "COLOUR"),
+    add("--sigma-position", type=WIDTH, metavar="PIXELS", help="(default: 3)")
+    add("--sigma-bilateral", type=WIDTH, nargs=2, metavar=("PIXELS", "COLOUR"),
         help="(default: 80 13)")
     add("--parameters", metavar="FILE",
         help="learned weights and sigmas instead: a checkpoint of run_voc.py, such as joint.npz")
-    add("--iterations", type=int, metavar="T", default=5, help="mean-field steps (default: 5)")
+    add("--iterations", metavar="T", default=5, type=number("a whole number from 0 to 1e6",
+        lambda x: 0 <= x <= 1e6, int), help="mean-field steps (default: 5)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="(default: a GPU where there is one)")
     return parser.parse_args(arguments)
@@ -78,20 +73,23 @@ def colour(text):
 def read_array(path, size, probabilities):
     """The scores (H, W, L) float32 in an .npy file of scores or probabilities; size: (H, W)."""
     try:
-        values = np.lib.format.open_memmap(path, mode="r")
+        values = np.lib.format.open_memmap(regular(path), mode="r")
     except Exception as error:      # NumPy raises half a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npy file ({reason(error)})") from None
     if values.ndim != 3 or values.dtype.kind not in "fiu" or not 1 <= values.shape[2] <= MAX_LABELS:
         raise ValueError(f"{path}: found shape {values.shape} of {values.dtype}, expected "
                          f"(H, W, L) of real numbers, L at most {MAX_LABELS}")
     check_size(path, values.shape[:2], size)         # before so much is read
-    values = np.array(values, np.float32)
-    if not probabilities:
-        return values
-    if not (values.min() >= 0 and values.max() <= 1.001):                # NaN is neither
-        raise ValueError(f"{path}: found values from {values.min():g} to {values.max():g}, "
-                         "expected probabilities, 0 to 1")
-    return scores_from_probabilities(values)
+    try:
+        with np.errstate(over="raise"):
+            values = np.array(values, np.float32)
+    except FloatingPointError:
+        values = np.float32([np.nan])
+    low, high = values.min(), values.max()
+    if not (0 <= low <= high <= 1.001 if probabilities else high < np.inf):   # NaN is neither
+        raise ValueError(f"{path}: found values from {low:g} to {high:g}, expected "
+                         + ("probabilities, 0 to 1" if probabilities else "scores within float32"))
+    return scores_from_probabilities(values) if probabilities else values
 
 
 def check_size(path, found, size):
@@ -107,7 +105,7 @@ def read_labels(path, unknown=None):
     labels: 0..L-1, numbered by colour; VOID where the colour is `unknown`, (R, G, B).
     paint: turns labels (H, W) without VOID into a picture of the file's own mode and colours.
     """
-    picture = pictures.open_picture(path, "picture or .npy file")
+    picture = ImageOps.exif_transpose(pictures.open_picture(path, "picture or .npy file"))
     if picture.mode not in MODES:
         raise ValueError(f"{path}: found a picture of mode {picture.mode}, expected labels in one "
                          f"of the modes {', '.join(MODES)}")
@@ -169,8 +167,8 @@ def build_crf(args, n_labels):
     return crf
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
+def refine(args):
+    """What the command line asks for; returns the exit code."""
     inputs = map(os.path.realpath, (args.image, args.scores))
     if not args.out.lower().endswith(".png") or os.path.realpath(args.out) in inputs:
         raise ValueError(f"{args.out}: found no place for the result, expected a name ending in "
@@ -184,11 +182,12 @@ def main(arguments=None):
     pictures.save_png(args.out, paint(labels))
     changed = np.mean((labels != before)[before != VOID])
     print(f"wrote {args.out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed")
+    return 0
+
+
+def main(arguments=None):
+    return run_program("python -m minicrf", refine, parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"python -m minicrf: {error or 'not enough memory'}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -1,25 +1,69 @@
-"""Files are written beside and renamed, so that no failed write loses what was there before."""
+"""Files: written beside and renamed, read only where they have an end, one run to a folder."""
 import contextlib
+import glob
 import os
+import secrets
+
+try:
+    import fcntl
+except ImportError:                     # Windows: no locks
+    fcntl = None
 
 
 @contextlib.contextmanager
 def replacing(path, mode="w", newline=None):
     """A file to write into that takes the place of `path` once it is whole.
 
-    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
+    It is a new one, of a name that nobody has.  Raises OSError, naming the file; an interrupted or
+    failed write leaves the earlier file whole.
     """
+    beside = os.path.join(os.path.dirname(path), f".minicrf-{secrets.token_hex(8)}.tmp")
     try:
-        with open(f"{path}.tmp", mode, newline=newline) as file:
+        with open(beside, mode.replace("w", "x"), newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+        os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")               # a full disk needs the space
         raise OSError(f"{path}: could not be written ({error.strerror}); what it held before is "
                       "untouched") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(beside)                      # a full disk needs the space
+
+
+def regular(path):
+    """path, after a check that nothing but a file is there, which a pipe or /dev/zero is not."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: found no regular file, expected one")
+    return path
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """While this context lasts, no other run gets the output folder; made where there is none.
+
+    However this one ends, the system lets the folder go.  Clears what killed runs were writing.
+    Raises OSError where another run has it, or nothing can be written into it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "a")
+    except OSError as error:
+        raise OSError(f"--out: found {folder} ({error.strerror}), expected a folder to write "
+                      "into") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"--out: found another run at work in {folder}; expected another folder, or "
+                      "to wait until it ends") from None
+    except OSError:                                # a file system without locks
+        pass
+    with file:
+        for left in glob.glob(os.path.join(glob.escape(folder), ".minicrf-*.tmp")):
+            os.remove(left)
+        yield
 
 
 def reason(error):

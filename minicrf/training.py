@@ -35,7 +35,7 @@ class Model:
         self.mean, self.scale = np.asarray(mean, np.float64), float(scale)
 
     def resized(self, image):
-        """A photograph (H, W, 3) uint8 RGB -> (3, S, S) float32: BGR minus mean, aspect not kept."""
+        """A photograph (H, W, 3) uint8 RGB, aspect not kept -> (3, S, S) float32, BGR - mean."""
         size = self.net.input_size
         small = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
         bgr = np.asarray(small, np.float32)[:, :, ::-1] - self.mean.astype(np.float32)
@@ -190,6 +190,18 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
     if model.crf is not None:
         model.crf.project()
     return loss
+
+
+def checked_step(model, optimiser, batch, seed, iteration, micro_batch=None):
+    """train_step's loss as a float, once it is certain that the next step and checkpoints can use
+    what this one left; FloatingPointError otherwise, with one line."""
+    try:
+        loss = float(train_step(model, optimiser, batch, seed, iteration, micro_batch))
+        check_step(loss, optimiser.params)
+        return loss
+    except ValueError as error:              # also from the CRF: its scores, its sigmas
+        raise FloatingPointError(f"iteration {iteration}: {error}; checkpoints written before are "
+                                 "kept; try a smaller --rate") from None
 
 
 def check_step(loss, params):

@@ -5,6 +5,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))              # for run_voc.py
 
+from minicrf.data import toy   # noqa: E402
+
 
 @pytest.fixture(autouse=True, scope="session")
 def programs_run_on_the_cpu():
@@ -14,3 +16,10 @@ def programs_run_on_the_cpu():
             patch.setattr(f"{program}.gpu_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")           # of processes that tests start
         yield
+
+
+@pytest.fixture(scope="session")
+def toy_set(tmp_path_factory):
+    """Four training and two validation pictures, small ones."""
+    root = tmp_path_factory.mktemp("toy") / "set"
+    return toy.draw(root, n_train=4, n_val=2, width=(30, 40), height=(24, 32))

@@ -335,12 +335,9 @@ def test_checkpoints(xp, tmp_path):
     optimiser = training.optimizer(model, "joint", [])
     training.train_step(model, optimiser, batch, 0, 1)
     checkpoints.save(path, model, dict(stage="joint", classes=list("abcd"), iteration=1), optimiser)
-    content, info = checkpoints.read(path)
-    net, crf = checkpoints.load_net(path, content, info), checkpoints.load_crf(path, content, info)
-    vgg.move(net, "gpu")
-    again = training.Model(net, content["mean"], crf, "gpu", content["scale"])
+    again, content, _ = checkpoints.load_model(path, device="gpu")
     resumed = training.optimizer(again, "joint", [])
-    checkpoints.load_velocity(path, content, resumed)
+    checkpoints.copy(path, content, resumed.velocity, "velocity_")
     for key, p in optimiser.params.items():
         assert np.allclose(to_host(resumed.params[key]), to_host(p), rtol=1e-15), key
         assert np.array_equal(to_host(resumed.velocity[key]), to_host(optimiser.velocity[key]))

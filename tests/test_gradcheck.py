@@ -1,7 +1,12 @@
-"""The checker itself: it must accept right backward methods and reject wrong ones."""
+"""The checker itself: it must accept right backward methods and reject wrong ones; its program."""
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+from minicrf import exercises, gradcheck
 from minicrf.gradcheck import numerical_gradient, relative_error
 
 rng = np.random.default_rng(1)
@@ -99,3 +104,43 @@ def test_relative_error_lets_no_nan_through():
 def test_relative_error_refuses_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"found shapes \(3,\) and \(1, 3\)"):
         relative_error(np.ones(3), np.ones((1, 3)))
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+NAMES = [name for bugs in exercises.BUGS.values() for name in bugs]
+
+
+def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
+    assert gradcheck.main([]) == 0
+    table = capsys.readouterr().out
+    assert "FAIL" not in table and "0 failed" in table
+    for name in ("Conv2d 3x3: dx", "Conv2d 3x3: dw", "Conv2d 3x3: db", "ReLU: dx", "Dropout: dx",
+                 "BilinearUpsample: dx", "softmax_loss: dz", "exact: dscores", "exact: dw",
+                 "exact: dlog_sigma_position", "exact: dlog_sigma_bilateral",
+                 "joint training"):
+        assert re.search(rf"{name}.*\d+ .*e-\d\d +pass", table), name
+
+
+def test_bug_names_are_unique():
+    assert len(set(NAMES)) == len(NAMES) >= 20
+
+
+def test_break_shows_which_row_fails(capsys, monkeypatch):
+    monkeypatch.setattr(gradcheck.run, "__defaults__", ((gradcheck.check_losses,),))
+    assert gradcheck.main(["--break", "loss-truth-dropped"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"softmax_loss: dz +24 .*FAIL", shown) and "1 failed" in shown
+    assert "q[pixels, y] -= 1 -> pass" in shown
+
+
+def test_a_row_of_nan_fails(capsys):
+    nan = np.full(3, float("nan"))
+    assert gradcheck.run([lambda: iter([("row", nan, nan)])]) == ["row"]
+
+
+def test_help_lists_the_bugs_and_runs_without_a_warning():
+    command = [sys.executable, "-W", "error", "-m", "minicrf.gradcheck", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(name in done.stdout for name in NAMES)

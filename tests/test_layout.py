@@ -1,4 +1,4 @@
-"""The house: its rooms, and who may import whom."""
+"""The house: its rooms, who may import whom, and how long a file or a function may be."""
 import ast
 import pathlib
 
@@ -72,3 +72,23 @@ def test_only_arrays_imports_cupy_and_nothing_unpickles_or_evaluates():
                   if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         # exercises.py runs the package's own source with a bug in it
         assert "eval" not in called and (path.stem == "exercises" or "exec" not in called), path
+
+
+@pytest.mark.parametrize("path", [PACKAGE / path for path in FILES], ids=lambda path: path.name)
+def test_no_file_is_longer_than_300_lines_and_no_line_than_100_columns(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 300 and max(map(len, lines), default=0) <= 100
+
+
+def test_the_program_stays_short():
+    assert len((ROOT / "run_voc.py").read_text(encoding="utf-8").splitlines()) <= 380
+
+
+def test_functions_fit_on_a_screen():
+    """50 lines; but flat lists of arguments read like tables, however long."""
+    trees = {**TREES, "run_voc.py": ast.parse((ROOT / "run_voc.py").read_text(encoding="utf-8"))}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name not in (
+                    "build_parser", "parse_arguments"):
+                assert node.end_lineno - node.lineno < 50, f"{path}: {node.name}"

@@ -1,10 +1,9 @@
-"""The reader of .mat files: as scipy reads sound ones, one line for all others, in little memory.
+"""The reader of .mat files: as scipy reads sound ones, one line for all others.
 
 Sound files are scipy's; the bytes of others are put together here, from the format's description.
 """
 import itertools
 import struct
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -16,7 +15,6 @@ from minicrf.data import voc
 from minicrf.data.matfiles import read_mat
 from minicrf.data.weights import read_matconvnet
 
-LIMIT = 2 ** 20
 HEADER = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
 CELL, STRUCT, OBJECT, CHAR, SPARSE, DOUBLE, UINT8, FUNCTION, OPAQUE = 1, 2, 3, 4, 5, 6, 9, 16, 17
 
@@ -85,9 +83,9 @@ def write(path, *content):
     return path
 
 
-def refused(path, *words, limit=LIMIT):
+def refused(path, *words):
     with pytest.raises(ValueError) as error:
-        read_mat(path, limit)
+        read_mat(path)
     message = str(error.value)
     assert message.startswith(f"{path}: found no sound .mat file: ") and "\n" not in message
     assert all(word in message for word in words), message
@@ -137,18 +135,18 @@ def test_what_scipy_writes_is_read_as_scipy_reads_it(content, compression, tmp_p
     scipy.io.savemat(tmp_path / "x.mat", content, do_compression=compression, long_field_names=True)
     expected = scipy.io.loadmat(tmp_path / "x.mat")
     expected = {key: plain(value) for key, value in expected.items() if key[:2] != "__"}
-    assert_same(read_mat(tmp_path / "x.mat", LIMIT), expected)
+    assert_same(read_mat(tmp_path / "x.mat"), expected)
 
 
 def test_a_struct_without_fields_and_a_cell_without_content(tmp_path):
     scipy.io.savemat(tmp_path / "x.mat", {"x": {}, "y": cell(np.zeros((0, 3)))})
-    assert read_mat(tmp_path / "x.mat", LIMIT)["x"] == {}
-    assert read_mat(tmp_path / "x.mat", LIMIT)["y"][0].shape == (0, 3)
+    assert read_mat(tmp_path / "x.mat")["x"] == {}
+    assert read_mat(tmp_path / "x.mat")["y"][0].shape == (0, 3)
     path = write(tmp_path / "x.mat", array(CELL, element(14, b""), doubles(1, 2), shape=(1, 2)))
-    nothing, numbers = read_mat(path, LIMIT)[""]
+    nothing, numbers = read_mat(path)[""]
     assert nothing is None and numbers.tolist() == [[1, 2]]
     path = write(tmp_path / "x.mat", array(STRUCT, keys(b"x\xe9"), doubles(1), name=b"y\xe9"))
-    [(name, values)] = read_mat(path, LIMIT).items()
+    [(name, values)] = read_mat(path).items()
     assert name == "y\u00e9" and list(values) == ["x\u00e9"]
 
 
@@ -158,7 +156,7 @@ def test_integers_that_matlab_stores_for_doubles_and_its_sixteen_bit_text(tmp_pa
                                   name=b"t")),
                  doubles(3, name=b"after an element without padding"),
                  array(CHAR, element(16, b"x\xff"), shape=(1, 2), name=b"not UTF-8"))
-    found = read_mat(path, LIMIT)
+    found = read_mat(path)
     assert found[""].tolist() == [[1, 2]] and found["t"] == "h\u00e9" and len(found) == 4
     assert found["not UTF-8"] == "x\ufffd"
 
@@ -169,7 +167,7 @@ def test_objects_functions_and_sparse_matrices_are_passed_over(tmp_path):
                  array(FUNCTION, doubles(1), name=b"f"), doubles(7, name=b"number"),
                  array(OPAQUE, element(1, b"MCOS"), element(1, b"string"), shape=None, name=b"o"),
                  array(SPARSE, doubles(1), name=b"s"))
-    found = read_mat(path, LIMIT)
+    found = read_mat(path)
     assert found.pop("number") == 7 and set(found.values()) == {None}
 
 
@@ -194,12 +192,12 @@ def test_another_version_or_byte_order(start, words, tmp_path):
     (compressed(compressed(doubles(1))), "type 15"),
     (compressed(doubles(1) + doubles(2)), "too many values"),
     (compressed(b"") + compressed(doubles(1)), "not enough values"),
-    (element(15, zlib.compress(doubles(1))[:-1]), "cut off"),
+    (element(15, zlib.compress(doubles(1))[:-1]), "incomplete or truncated"),
     (element(15, zlib.compress(doubles(1))[:-1] + b"?"), "incorrect data check"),
-    (array(DOUBLE, element(8, bytes(8))), "type 8"),
-    (array(DOUBLE, element(99, bytes(8))), "type 99"),
+    (array(DOUBLE, element(8, bytes(8))), "8"),
+    (array(DOUBLE, element(99, bytes(8))), "99"),
     (array(DOUBLE), "not enough values"), (element(14, bytes(16)), "not enough values"),
-    (array(DOUBLE, element(9, bytes(8)), element(9, bytes(8))), "in 2 parts"),           # complex
+    (array(DOUBLE, element(9, bytes(8)), element(9, bytes(8))), "too many values"),    # complex
     (array(0, element(9, bytes(8))), "class 0"), (array(99, element(9, bytes(8))), "class 99"),
     (doubles(1, 2, 3, shape=(2, 2)), "size 3"), (doubles(shape=(2 ** 31, 2 ** 31)), "size 0"),
     (doubles(1, shape=[2 ** 32 - 1] * 9), "size 1"), (doubles(1, shape=[1] * 99), "dimension"),
@@ -208,8 +206,6 @@ def test_another_version_or_byte_order(start, words, tmp_path):
     (array(STRUCT, keys(*b"a b c d e".split()), shape=(2 ** 31, 2 ** 31)), "found 0 values"),
     (array(CELL, doubles(1), shape=(1, 0)), "found 1 values"),
     (array(STRUCT, keys(b"a", b"b"), doubles(1), doubles(1), doubles(1)), "found 3 values"),
-    (array(STRUCT, keys(*[b"a"] * 50000, width=2), shape=(1, 2 ** 30)), "found 0 values"),
-    (array(CELL, *[element(14, b"")] * 70000, shape=(1, 70000)), "at most 65536"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_an_element_that_cannot_be(content, words, tmp_path):
     refused(write(tmp_path / "x.mat", content), words)
@@ -217,22 +213,11 @@ def test_an_element_that_cannot_be(content, words, tmp_path):
         refused(write(tmp_path / "x.mat", doubles(1), compressed(content)), words)
 
 
-def test_what_is_empty_may_have_any_shape_and_costs_nothing(tmp_path):
+def test_what_is_empty_may_have_any_shape(tmp_path):
     path = write(tmp_path / "x.mat", doubles(shape=(0, 1, 2 ** 32 - 1)),
                  array(STRUCT, keys(), shape=(2 ** 31, 2 ** 31), name=b"s"))
-    tracemalloc.start()
-    found = read_mat(path, LIMIT)
+    found = read_mat(path)
     assert found[""].shape == (0, 1, 2 ** 32 - 1) and found["s"] == {}
-    assert tracemalloc.get_traced_memory()[1] < 2 ** 20
-    tracemalloc.stop()
-
-
-def test_no_list_is_made_of_a_million_keys(tmp_path):
-    path = write(tmp_path / "x.mat", array(STRUCT, keys(*[b"a"] * 2 ** 20, width=2), shape=(1, 0)))
-    tracemalloc.start()
-    assert read_mat(path, 2 ** 22) == {"": {"a": []}}
-    assert tracemalloc.get_traced_memory()[1] < 1.5 * path.stat().st_size
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", [CELL, STRUCT])
@@ -243,52 +228,13 @@ def test_deep_nesting(kind, tmp_path):
             content = array(kind, content) if kind == CELL else array(kind, keys(b"a"), content)
         return content
 
-    assert len(read_mat(write(tmp_path / "x.mat", nested(7)), LIMIT)) == 1
+    assert len(read_mat(write(tmp_path / "x.mat", nested(7)))) == 1
     refused(write(tmp_path / "x.mat", nested(8)), "in 8 levels")
     if kind == CELL:
         start = array(CELL)[8:]
         sizes = 8 + len(start) + (8 + len(start)) * np.arange(10000)[::-1]       # outermost first
         content = b"".join(struct.pack("<II", 14, size) + start for size in sizes.tolist())
         refused(write(tmp_path / "x.mat", content, element(14, b"")), "in 8 levels")
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-def bomb(megabytes):
-    """Zeros, one sound array but for the checksum at the end, compressed."""
-    size = megabytes * 2 ** 20
-    start = array(UINT8, struct.pack("<II", 2, size), shape=(1, size))[8:]
-    start = struct.pack("<II", 14, len(start) + size) + start
-    stream = zlib.compressobj()
-    content = stream.compress(start) + stream.flush(zlib.Z_FULL_FLUSH)
-    # what comes after a full flush refers to nothing before it, so that it can be repeated
-    content += (stream.compress(bytes(2 ** 20)) + stream.flush(zlib.Z_FULL_FLUSH)) * megabytes
-    content += stream.flush()
-    return struct.pack("<II", 15, len(content)) + content
-
-
-@pytest.mark.parametrize("read, allowed", [
-    (lambda path: read_mat(path, 2 ** 21), 2 ** 24), (voc._read_mat, 2 ** 28),
-    (read_matconvnet, 2 ** 28)])
-def test_a_gigabyte_of_zeros_is_not_inflated(read, allowed, tmp_path):
-    path = write(tmp_path / "x.mat", bomb(1024))
-    assert path.stat().st_size < 1.1 * 2 ** 20
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="x.mat: found no .* larger than allowed"):
-        read(path)
-    assert tracemalloc.get_traced_memory()[1] < allowed
-    tracemalloc.stop()
-
-
-def test_the_limit_is_for_all_of_a_file(tmp_path):
-    zeros = array(UINT8, element(2, bytes(2 ** 18)), shape=(1, 2 ** 18))
-    for n in (1, 4):
-        path = write(tmp_path / "x.mat", compressed(zeros) * n)
-        assert len(read_mat(path, n * len(zeros))) == 1
-        refused(path, "larger than allowed", limit=n * len(zeros) - 1)
-    path = write(tmp_path / "x.mat", zeros)
-    assert len(read_mat(path, path.stat().st_size)) == 1
-    refused(path, "expected at most", limit=path.stat().st_size - 1)
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -307,7 +253,6 @@ def test_damage_ends_in_one_line_or_in_arrays(layout, read, compression, trials,
     while variables[-1] < len(whole):
         size = int.from_bytes(whole[variables[-1] + 4:variables[-1] + 8], "little")
         variables.append(variables[-1] + 8 + size)
-    tracemalloc.start()
     for trial in range(trials):
         content = bytearray(whole)
         for at in 128 + rng.integers(0, len(whole) - 128, rng.integers(1, 4)):
@@ -322,8 +267,6 @@ def test_damage_ends_in_one_line_or_in_arrays(layout, read, compression, trials,
             loaded += read(path) is not None
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-    assert tracemalloc.get_traced_memory()[1] < 2 ** 24
-    tracemalloc.stop()
     assert compression == "outside" or 0 < loaded < trials
 
 

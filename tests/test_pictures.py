@@ -79,9 +79,20 @@ def test_folders_are_searched_and_empty_ones_refused(tmp_path, gradient):
     assert pictures.find_photographs(str(tmp_path)) == [str(tmp_path / "b.png")]
 
 
+def test_32_bits_a_pixel_are_refused_since_their_range_is_unknown(tmp_path, gradient):
+    for mode, values in (("F", gradient[:, :, 0] / 255), ("I", gradient[:, :, 0] * 70000.)):
+        Image.fromarray(values.astype({"F": np.float32, "I": np.int32}[mode])).save(
+            tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=rf"a.tif: found .* 32 bits a pixel \(mode {mode}\)"):
+            pictures.read_photograph(str(tmp_path / "a.tif"))
+
+
 def test_shrinking_keeps_the_shape_and_the_limit():
     image = np.zeros((300, 400, 3), np.uint8)
     small = pictures.shrink(image, max_pixels=1200)
     assert small.shape == (30, 40, 3)
     assert pictures.shrink(small, max_pixels=1200) is small
     assert pictures.enlarge(np.zeros((30, 40), np.uint8), (300, 400)).shape == (300, 400)
+    for shape in ((100000, 1), (1, 100000), (50000, 2)):
+        H, W = pictures.shrink(np.zeros((*shape, 3), np.uint8), max_pixels=1000).shape[:2]
+        assert H * W <= 1000 and max(H, W) > 300

@@ -1,4 +1,4 @@
-"""The network's table, where its cells lie, what its holes stand in for, its whole gradient."""
+"""The network's table, where its cells lie, and what its holes stand in for."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -6,7 +6,6 @@ from PIL import Image
 from minicrf import vgg
 from minicrf.gradcheck import relative_error
 from minicrf.layers import Conv2d, Dropout, MaxPool2d, ReLU, Sequential
-from minicrf.losses import VOID, softmax_loss
 
 TABLE = {"conv1_1": 306, "conv1_2": 306, "pool1": 154, "conv2_1": 154, "conv2_2": 154, "pool2": 78,
          "conv3_1": 78, "conv3_2": 78, "conv3_3": 78, "pool3": 40,
@@ -249,84 +248,3 @@ def test_holes_give_the_cells_of_striding_pools_and_those_between(preset, fc6_di
         inner = (..., slice(margin, -margin), slice(margin, -margin))
         assert whole[inner].size and whole[inner].std() > 0
         assert relative_error(whole[inner], part[inner]) < 1e-13, name
-
-
-# --- the gradient of the whole model -------------------------------------------------------------
-
-class Whole:
-    """Image -> tiny net -> upsampled scores -> softmax loss with void pixels, in float64."""
-
-    def __init__(self, dropout):
-        self.net = vgg.build("tiny", 4, seed=2, dropout=dropout, dtype=np.float64)
-        self.net["conv1_1"].needs_dx = True
-        self.net["fc8"].params["w"] *= 100         # scores that matter: every layer gets a gradient
-        for key, p in self.net.params.items():
-            if key.endswith("_b"):
-                p += 0.1 * random(*p.shape, seed=3)
-        self.x, self.size = random(2, 3, 34, 42, seed=4), (23, 19)
-        rng = np.random.default_rng(5)
-        self.labels = rng.integers(0, 4, (2, 23 * 19))
-        self.labels[rng.random(self.labels.shape) < 0.2] = VOID
-
-    def loss(self, backward=False):
-        """The loss; leaves each ReLU's and pool's choices in `switches`; gradients if asked for."""
-        vgg.seed_dropout(self.net, 9)
-        scores = self.net.forward(self.x.copy(), train=True)
-        layers = self.net.layers.values()
-        self.switches = [layer.y > 0 for layer in layers if isinstance(layer, ReLU)]
-        self.switches += [layer.winner for layer in layers if isinstance(layer, MaxPool2d)]
-        total, dscores = 0, np.empty_like(scores)
-        for i, labels in enumerate(self.labels):
-            f = self.net.upsample.forward(scores[i], self.size, train=True)
-            loss, dz = softmax_loss(f.reshape(-1, 4), labels)
-            total += loss
-            dscores[i] = self.net.upsample.backward(dz.reshape(f.shape))
-        if backward:
-            self.gradients = {"x": self.net.backward(dscores), **self.net.grads}
-        return total
-
-    def check(self, directions, h=1e-6):
-        """Directional derivative along {key: unit vector} against <gradient, direction>."""
-        arrays = {"x": self.x, **self.net.params}
-        kept = {key: arrays[key].copy() for key in directions}
-        losses, switches = [], []
-        for sign in (1, -1):
-            for key, direction in directions.items():
-                arrays[key][...] = kept[key] + sign * h * direction
-            losses.append(self.loss())
-            switches.append(self.switches)
-        for key in directions:
-            arrays[key][...] = kept[key]
-        # The loss is smooth between the two points only if no ReLU and no pool chose anew.
-        assert all(np.array_equal(a, b) for a, b in zip(*switches)), "a tie is crossed: shorten h"
-        numeric = (losses[0] - losses[1]) / (2 * h)
-        analytic = sum((self.gradients[key] * v).sum() for key, v in directions.items())
-        assert relative_error(analytic, numeric) < 1e-6, (sorted(directions), analytic, numeric)
-
-
-@pytest.fixture(scope="module", params=[0.0, 0.5])
-def whole(request):
-    model = Whole(request.param)
-    model.loss(backward=True)
-    return model
-
-
-def unit(shape, rng):
-    v = rng.standard_normal(shape)
-    return v / np.linalg.norm(v)
-
-
-KEYS = ["x", *vgg.build("tiny", 4).params]
-
-
-def test_gradient_along_all_parameters_together(whole):
-    rng = np.random.default_rng(6)
-    for _ in range(5):
-        whole.check({key: unit(whole.gradients[key].shape, rng) / len(KEYS) for key in KEYS})
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_gradient_along_one_parameter(whole, key):
-    rng = np.random.default_rng(7)
-    for _ in range(2):
-        whole.check({key: unit(whole.gradients[key].shape, rng)})

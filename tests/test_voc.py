@@ -1,24 +1,17 @@
-"""The data set on disk: lists, labels, batches, and what is said of broken folders."""
-import itertools
+"""The data set on disk: lists, labels, and what is said of broken folders."""
 import os
 import shutil
 import struct
-import threading
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import scipy.io
 from PIL import Image
 
-from minicrf import training, vgg
 from minicrf.data import loading, voc
 
 TRAIN, VAL = ["a_1", "a_2", "a_3"], ["b_1", "b_2"]
-MODEL = training.Model(vgg.build("tiny", 21), (1.0, 2.0, 3.0))
-NET = {"resized": MODEL.resized}
 
 
 def write_list(root, name, ids, end="\n"):
@@ -62,15 +55,20 @@ def test_class_names_are_vocs_or_those_of_classes_txt(root):
     assert voc.class_names(root)[15] == "person" and len(voc.class_names(root)) == 21
     write_list(root, "classes", ["nothing", "boat house"], end="\r\n")
     assert voc.class_names(root) == ["nothing", "boat house"]
-    write_list(root, "classes", ["nothing", "cat", "cat"])
-    with pytest.raises(ValueError, match="classes.txt.*'cat' 2 times"):
-        voc.class_names(root)
+    for wrong in (["nothing", "cat", "cat"], ["nothing"], [str(i) for i in range(256)]):
+        write_list(root, "classes", wrong)
+        with pytest.raises(ValueError, match=f"classes.txt: found {len(wrong)} class names, "):
+            voc.class_names(root)
+    names = root / voc.LISTS / "classes.txt"
+    for folder in (root, root / "ImageSets"):                            # too high
+        names = names.rename(folder / "classes.txt")
+        with pytest.raises(ValueError, match=f"{names}: found class names where they are not read"):
+            voc.class_names(root)
+        assert voc.check(root)
 
 
 def test_lists_keep_their_order(root):
     assert voc.image_list(root, "train") == TRAIN and voc.image_list(root, "val") == VAL
-    with pytest.raises(ValueError, match="'test', expected 'train' or 'val'"):
-        voc.image_list(root, "test")
 
 
 def test_load_gives_image_and_labels_and_saved_labels_come_back(root):
@@ -139,7 +137,7 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: found no such folder"):
         voc.image_list(root, "train", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty: found no label PNGs"):
+    with pytest.raises(FileNotFoundError, match="empty: found no such folder, or no label PNGs"):
         voc.image_list(root, "train", tmp_path / "empty")
     whole = (sbd / "cls" / "s_1.mat").read_bytes()
     rng = np.random.default_rng(3)
@@ -157,86 +155,47 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
         voc.image_list(root, "train", sbd)
 
 
-def test_network_input_is_bgr_minus_mean_and_square():
-    image = np.zeros((6, 9, 3), np.uint8)
-    image[:, 3:6] = (10, 20, 30)                                  # RGB
-    x = MODEL.resized(image)
-    S = x.shape[1]
-    assert x.shape == (3, S, S) and x.dtype == np.float32 and x.flags.c_contiguous
-    assert np.allclose(x[:, 5, S // 2], [29, 18, 7])      # middle third stays middle
-    assert np.allclose(x[:, :, [0, -1]].mean(axis=1), [[-1, -1], [-2, -2], [-3, -3]])
+def test_photographs_may_be_png_of_any_depth_with_transparency_or_cmyk(root):
+    """As microscopes and cameras leave them; converted as `predict` converts them."""
+    labels = np.array(Image.open(labels_of(root, "a_1")))
+    for name, mode in (("a_1.png", "I;16"), ("a_1.png", "RGBA"), ("a_1.jpg", "CMYK")):
+        image_of(root, "a_1").unlink(missing_ok=True)
+        picture = (Image.fromarray(np.full(labels.shape, 200 * 256, np.uint16)) if mode == "I;16"
+                   else Image.new("RGB", labels.shape[::-1], (200, 200, 200)).convert(mode))
+        picture.save(root / "JPEGImages" / name)
+        image, _ = voc.load(root, "a_1")
+        assert image.shape == (*labels.shape, 3) and (image == 200).all(), mode
+        (root / "JPEGImages" / name).unlink()
 
 
-def same(one, other):
-    return all((a == b).all() for x, y in zip(one, other) for a, b in zip(x, y))
-
-
-def test_epochs_draw_every_image_once_and_differ():
-    drawn = list(itertools.islice(loading.draws(10, seed=4), 40))
-    epochs = [drawn[i:i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(index for index, _ in epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(index for index, _ in epoch) for epoch in epochs}) == 4
-    assert 8 < sum(mirrored for _, mirrored in drawn) < 32
-    assert drawn != list(itertools.islice(loading.draws(10, seed=5), 40))
-    for start in (0, 3, 10, 19, 33):
-        assert list(itertools.islice(loading.draws(10, 4, start), 7)) == drawn[start:start + 7]
-
-
-def test_batches_resume_exactly_with_any_number_of_threads(root):
-    whole = list(itertools.islice(loading.batches(root, TRAIN, 2, seed=1, **NET), 6))
-    for start, threads in ((0, 1), (2, 4), (8, 2)):
-        again = loading.batches(root, TRAIN, 2, seed=1, start=start,
-                                pool=ThreadPoolExecutor(threads), **NET)
-        assert all(same(next(again), batch) for batch in whole[start // 2:])
-        again.close()
-
-
-def test_mirroring_turns_image_and_labels_together(root):
+def test_a_photograph_is_not_turned_as_its_labels_are_not(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(image_of(root, "a_1"))
+    picture.load()
+    picture.save(image_of(root, "a_1"), format="PNG", exif=exif)
     image, labels = voc.load(root, "a_1")
-    seen = set()
-    for [(x, y, small)] in itertools.islice(loading.batches(root, ["a_1"], 1, seed=0, **NET), 12):
-        assert (small == MODEL.resized(x)).all()
-        assert (x[:, :, 0] == y).all()
-        mirrored = not (y == labels).all()
-        assert same([(x, y)], [(image[:, ::-1], labels[:, ::-1])]) == mirrored
-        seen.add(mirrored)
-    assert seen == {True, False}
+    assert (image[:, :, 0] == labels).all()
 
 
-def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(root):
-    threads = []
-
-    def resized(image):
-        threads.append(threading.current_thread())
-        return MODEL.resized(image)
-
-    batches = loading.batches(root, TRAIN, 2, seed=0, resized=resized)
-    next(batches)
-    for _ in range(500):                     # nobody asks for more: still two batches get ready
-        if len(threads) >= 4:
-            break
-        time.sleep(0.01)
-    batches.close()
-    assert len(threads) >= 4 and threading.main_thread() not in threads
-
-
-def test_photographs_of_16_bits_or_with_transparency_are_refused(root):
-    for mode in ("I;16", "RGBA"):
-        shape = (10, 12, 4) if mode == "RGBA" else (10, 12)
-        dtype = np.uint8 if mode == "RGBA" else np.uint16
-        Image.fromarray(np.zeros(shape, dtype)).save(root / "JPEGImages" / "a_1.jpg", format="PNG")
-        found = mode.replace(";16", "(;16)?")               # older Pillows call 16 bits I
-        with pytest.raises(ValueError, match=f"a_1.jpg: found a picture of mode {found}, expected"):
-            voc.load(root, "a_1")
-
-
-def test_what_goes_wrong_in_a_thread_is_raised(root):
-    (root / "JPEGImages" / "a_2.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="a_2.jpg: found a file that cannot be read"):
-        for _ in itertools.islice(loading.batches(root, TRAIN, 2, seed=0, **NET), 4):
-            pass
-    with pytest.raises(ValueError, match="found 0 images for batches of 2"):
-        next(loading.batches(root, [], 2, seed=0, **NET))
+def test_labels_are_the_values_of_a_png(root):
+    """Not the colours of a JPEG, nor values that Pillow stretches: 0 and 1 in 4 bits, 0 and 17."""
+    path, size = labels_of(root, "a_1"), Image.open(image_of(root, "a_1")).size
+    Image.new("L", size, 15).save(path, format="JPEG")
+    with pytest.raises(ValueError, match="a_1.png: found a file that cannot be read .*label pict"):
+        voc.load(root, "a_1")
+    for bits in (1, 2, 4, 8, 16):
+        rows = b"".join(b"\0" + bytes(-(-size[0] * bits // 8)) for _ in range(size[1]))
+        path.write_bytes(png(*size, bits, zlib.compress(rows)))
+        if bits == 8:
+            assert not voc.load(root, "a_1")[1].any()
+        else:
+            with pytest.raises(ValueError, match=f"a_1.png: found {bits} bits a pixel"):
+                voc.load(root, "a_1")
+    palette = Image.new("P", size, 3)                                    # a palette's values stay
+    palette.putpalette(voc.palette(4).tobytes())
+    palette.save(path, bits=2)
+    assert (voc.load(root, "a_1")[1] == 3).all()
 
 
 def test_half_unpacked_folders_are_named(root, tmp_path):
@@ -248,7 +207,7 @@ def test_half_unpacked_folders_are_named(root, tmp_path):
     shutil.rmtree(root / "SegmentationClass")
     with pytest.raises(FileNotFoundError, match="found no folder SegmentationClass, expected"):
         voc.class_names(root)
-    with pytest.raises(FileNotFoundError, match="nowhere: found nothing"):
+    with pytest.raises(FileNotFoundError, match="nowhere: found no folder JPEGImages"):
         voc.class_names(tmp_path / "nowhere")
 
 
@@ -266,15 +225,15 @@ def test_check_reports_every_problem_at_once(root):
     assert len(voc.check(root)) == 2
 
 
-def png_header(width, height):
-    """The beginning of a PNG that claims to be large."""
+def png(width, height, bits=8, pixels=zlib.compress(bytes(9999))):
+    """A grey PNG."""
     def chunk(name, data):
         check = struct.pack(">I", zlib.crc32(name + data))
         return struct.pack(">I", len(data)) + name + data + check
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes(9999))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+            + chunk(b"IEND", b""))
 
 
 BAD_IDS = ["/etc/passwd", "../VOC2012/JPEGImages/a_1", "..", "C:\\a_1", "a_1\0", ".a", "a/b", "~",
@@ -305,7 +264,7 @@ def test_only_jpeg_and_png_are_opened(root, kind):
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
 def test_decompression_bombs_are_refused(root, side):
     path = root / "SegmentationClass" / "a_1.png"
-    path.write_bytes(png_header(side, side))
+    path.write_bytes(png(side, side))
     with pytest.raises(ValueError, match="a_1.png: found a file .*[0-9] pixels"):
         voc.load(root, "a_1")
 
@@ -427,14 +386,9 @@ def fault_no_text(root, i, rng):
 
 def use(root):
     """All of the loader on a folder."""
-    n_classes = len(voc.class_names(root))
-    for split in ("train", "val"):
-        ids = voc.image_list(root, split)
-        for image_id in ids:
-            voc.load(root, image_id, n_classes=n_classes)
-        batches = loading.batches(root, ids, 2, seed=0, **NET)
-        next(batches)
-        batches.close()
+    data = loading.DataSet(root)
+    for image_id in (*data.train, *data.val):
+        data.load(image_id)
 
 
 FAULTS = [value for name, value in list(globals().items()) if name.startswith("fault_")]

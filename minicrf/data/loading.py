@@ -1,17 +1,41 @@
 """What training takes from a data set: shuffled, mirrored, resized, read ahead by threads.
 
-Legend: H x W original pixels; the network's input is BGR minus mean (paper, Sec. 4.1).
+Legend: H x W original pixels, S the network's input side.
 """
 import collections
-import concurrent.futures
 import contextlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
 from . import voc
 
-READERS = concurrent.futures.ThreadPoolExecutor(4)
+
+class DataSet:
+    """A folder in VOC's format: class names, image lists, and the images with their labels.
+
+    root, sbd: as in `voc.image_list`.  Raises FileNotFoundError or ValueError with one line.
+    """
+
+    def __init__(self, root, sbd=None):
+        self.root, self.sbd = root, sbd
+        self.classes = voc.class_names(root)
+        self.train = voc.image_list(root, "train", sbd)
+        self.val = voc.image_list(root, "val")
+        for problem in voc.in_both_lists(root, self.train, self.val):
+            raise ValueError(problem)
+
+    def load(self, image_id):
+        """(image, labels) as from `voc.load`; of the validation list VOC's own: SBD has no void."""
+        sbd = None if image_id in self.val else self.sbd
+        return voc.load(self.root, image_id, sbd, len(self.classes))
+
+    def samples(self, ids, note):
+        """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
+        return tqdm(ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
+                    disable=None)
 
 
 def draws(n, seed, start=0):
@@ -26,43 +50,38 @@ def draws(n, seed, start=0):
             yield int(order[i]), bool(mirrored[i])
 
 
-def batches(root, ids, batch_size, seed, resized, start=0, sbd=None,
-            n_classes=len(voc.CLASS_NAMES), pool=READERS):
-    """Endless batches for training: lists of batch_size (image, labels, resized image) triples.
+def batches(data, batch_size, seed, resized, start=0):
+    """Endless batches for training: lists of batch_size (image, labels, resized(image)).
 
-    The first two as from `voc.load`, the third as resized (Model.resized) gives it.  Shuffled epochs without
-    replacement, each image mirrored left to right or not at random.  After k batches, a new
-    iterator with start + k * batch_size goes on exactly there.
+    data: a DataSet.  resized: Model.resized.  Shuffled epochs without replacement, each image
+    mirrored left to right or not at random.  After k batches, a new iterator with start + k *
+    batch_size goes on exactly there.
     """
-    if not ids or batch_size < 1:
-        raise ValueError(f"{root}: found {len(ids)} images for batches of {batch_size}, "
-                         "expected at least one of each")
-
     def read(index, mirrored):
-        image, labels = voc.load(root, ids[index], sbd, n_classes)
+        image, labels = data.load(data.train[index])
         if mirrored:
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
         return image, labels, resized(image)
 
-    with contextlib.closing(ahead(read, draws(len(ids), seed, start), pool,
-                                  2 * batch_size)) as samples:
+    arguments = draws(len(data.train), seed, start)
+    with contextlib.closing(ahead(read, arguments, 2 * batch_size)) as samples:
         while True:
             yield list(itertools.islice(samples, batch_size))
 
 
-def ahead(function, arguments, pool=READERS, depth=8):
+def ahead(function, arguments, depth=8, threads=4):
     """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
 
-    What goes wrong in a thread is raised here, in its place.  function must not use pool itself.
+    What goes wrong in a thread is raised here, in its place.
     """
     waiting = collections.deque()
-    try:
-        for each in arguments:
-            waiting.append(pool.submit(function, *each))
-            if len(waiting) == depth:
+    with ThreadPoolExecutor(threads) as pool:      # its own: threads do not live on in a fork
+        try:
+            for each in arguments:
+                waiting.append(pool.submit(function, *each))
+                if len(waiting) == depth:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -4,47 +4,39 @@ SBD's labels and MatConvNet's weights come so.  Not scipy.io.loadmat: its compil
 on damaged types and on deep nesting.
 """
 import itertools
-import os
 import zlib
 
 import numpy as np
 
-from ..files import reason
+from ..files import reason, regular
 
-MAT_LEVELS, MAT_ARRAYS = 8, 2 ** 16           # VGG's .mat: 5 levels, less than 4000 arrays
-MAT_TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17), "bBhHiIfdqQBH"))   # NumPy's
+TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17), "bBhHiIfdqQBH"))      # NumPy's
+LEVELS = 8                                         # of nesting; VGG's .mat has 5
 
 
-def read_mat(path, limit):
-    """The variables {name: value} of a .mat file of version 5 (MathWorks, "MAT-File Format").
+def read_mat(path):
+    """The variables {name: value} of a .mat file.
 
     Numbers are arrays of the type they are stored in; char arrays str, cell arrays lists, struct
     arrays dicts of lists, all in MATLAB's order; [] can be None, and objects, functions and sparse
-    matrices, which nobody needs, are.  limit: bytes, of the file and of all it inflates to.
-    Raises ValueError, OSError.  Not scipy.io.loadmat: its compiled reader crashes on damaged types
-    and on deep nesting.
+    matrices, which nobody needs, are.  Raises ValueError, OSError.
     """
-    variables, ration = {}, iter(range(MAT_ARRAYS))
-    with open(path, "rb") as file:                     # one beyond the limit looks cut off
-        content = memoryview(file.read(min(limit, os.path.getsize(path))))
+    variables = {}
+    with open(regular(path), "rb") as file:
+        content = memoryview(file.read())
     try:
         if content[124:128] != b"\0\1IM":
             raise ValueError(f"found {bytes(content[124:128])}, expected a little-endian version 5")
-        for kind, data in mat_elements(content[128:]):
+        for kind, data in elements(content[128:]):
             if kind == 15:                                               # compressed
-                stream = zlib.decompressobj()
-                data = memoryview(stream.decompress(data, limit + 1))
-                limit -= len(data)
-                if limit < 0 or not stream.eof:
-                    raise ValueError("found compressed data cut off, or larger than allowed")
-                [(kind, data)] = mat_elements(data)
-            name, variables[name] = mat_array(kind, data, ration)
+                [(kind, data)] = elements(memoryview(zlib.decompress(data)))
+            name, variables[name] = array(kind, data)
     except Exception as error:      # a file may lie in a dozen ways
         raise ValueError(f"{path}: found no sound .mat file: {reason(error)}") from None
     return variables
 
 
-def mat_elements(data):
+def elements(data):
     """Yields (type, content) of the elements that follow each other in data; contents are views."""
     at = 0
     while at < len(data):
@@ -58,33 +50,32 @@ def mat_elements(data):
         at = start + size + (-(start + size - at) % 8 if kind != 15 else 0)
 
 
-def mat_array(kind, data, ration, levels=MAT_LEVELS):
-    """Name and value of one array.  ration: an iterator with one item for each array allowed."""
-    if kind != 14 or not levels or next(ration, None) is None:
-        raise ValueError(f"found type {kind} in level {MAT_LEVELS - levels + 1}, expected at most "
-                         f"{MAT_ARRAYS} arrays (14) in {MAT_LEVELS} levels")
+def array(kind, data, levels=LEVELS):
+    """Name and value of one array, whose type is 14."""
+    if kind != 14 or not levels:
+        raise ValueError(f"found type {kind} in level {LEVELS - levels + 1}, expected arrays (14) "
+                         f"in {LEVELS} levels")
     if not data:
         return "", None
-    parts = mat_elements(data)
+    parts = elements(data)
     (_, flags), (_, shape), (_, name) = itertools.islice(parts, 3)
     kind, name = flags[0], str(name, "latin-1")
     if kind in (3, 5, 16, 17):                         # objects, sparse matrices, functions
         return name, None
-    shape = np.frombuffer(shape, "<u4", len(shape) // 4)
+    shape = np.frombuffer(shape, "<u4").tolist()
     if kind in (1, 2):                                                   # cells, structs
         keys = [""]
         if kind == 2:
             _, (_, text) = itertools.islice(parts, 2)
-            keys = [key for key in str(text[:2 ** 16], "latin-1").split("\0") if key]
-        values = [mat_array(*part, ration, levels - 1)[1] for part in parts]
-        if len(values) != int(shape.prod()) * len(keys):
-            raise ValueError(f"found {len(values)} values, expected {len(keys)} x {shape[:9]}")
+            keys = [key for key in str(text, "latin-1").split("\0") if key]
+        values = [array(*part, levels - 1)[1] for part in parts]
+        if len(values) != np.prod(shape, dtype=object) * len(keys):
+            raise ValueError(f"found {len(values)} values, expected {shape} x {len(keys)}")
         structs = {key: values[i::len(keys)] for i, key in enumerate(keys)}
         return name, structs if kind == 2 else values
-    (stored, data), *more = itertools.islice(parts, 2)
-    if more or kind not in (4, *range(6, 16)) or stored not in MAT_TYPES:
-        raise ValueError(f"found an array of class {kind} in {len(more) + 1} parts, the first of "
-                         f"type {stored}, expected real numbers or text in one")
+    [(stored, data)] = parts                                             # complex ones have two
+    if kind not in (4, *range(6, 16)):
+        raise ValueError(f"found an array of class {kind}, expected real numbers or text")
     if kind == 4:
         return name, str(data, "utf-16-le" if stored in (4, 17) else "utf-8", "replace")
-    return name, np.frombuffer(data, "<" + MAT_TYPES[stored]).reshape(shape, order="F")
+    return name, np.frombuffer(data, "<" + TYPES[stored]).reshape(shape, order="F")

@@ -4,7 +4,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..files import reason, replacing
+from ..files import reason, regular, replacing
 
 MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
@@ -12,18 +12,18 @@ Image.MAX_IMAGE_PIXELS = None           # Pillow's own check warns before it ref
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS, upright=True):
-    """A Pillow image, decoded; upright: turned as its orientation tag says.
+def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS):
+    """A Pillow image, decoded.  kind: what errors say was expected.
 
-    kind: what errors say was expected.  Raises ValueError or FileNotFoundError, in one line.
+    Raises ValueError or FileNotFoundError, in one line.
     """
     try:
-        picture = Image.open(path, formats=formats)
+        picture = Image.open(regular(path), formats=formats)
         if picture.width * picture.height > max_pixels:
             raise ValueError(f"found {picture.width}x{picture.height} pixels, "
                              f"expected at most {max_pixels}")
         picture.load()
-        return ImageOps.exif_transpose(picture) if upright else picture
+        return picture
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: found no such file, expected a {kind}") from None
     except Exception as error:      # Pillow raises half a dozen kinds for broken files
@@ -32,16 +32,24 @@ def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS, upright=Tru
                          f"{', '.join(formats)}") from None
 
 
-def read_photograph(path):
-    """A photograph as (H, W, 3) uint8 RGB.
+def read_photograph(path, formats=FORMATS, max_pixels=MAX_PIXELS, upright=True):
+    """A photograph as (H, W, 3) uint8 RGB; upright: turned as its orientation tag says.
 
     Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
     or FileNotFoundError with one line that names the file.
     """
-    picture = open_picture(path, "photograph")
-    if picture.mode.startswith(("I", "F")):                              # 16 bits and more
+    picture = open_picture(path, "photograph", formats, max_pixels)
+    # older Pillows call 16 bits a pixel I, as all do the 32 bits of a TIFF
+    deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) in (("I", "PNG"),
+                                                                                 ("I", "PPM"))
+    if upright:
+        picture = ImageOps.exif_transpose(picture)
+    if deep:
         values = np.asarray(picture, np.float32) / 256
         picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{path}: found a picture of 32 bits a pixel (mode {picture.mode}), whose "
+                         "range only you know; expected one converted to 8 or 16 bits")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -75,7 +83,8 @@ def shrink(image, max_pixels=1 << 20):
     scale = (max_pixels / (H * W)) ** 0.5
     if scale >= 1:
         return image
-    size = max(1, int(W * scale)), max(1, int(H * scale))
+    # a side of less than one pixel becomes one, at the other's cost
+    size = [min(max(1, int(side * scale)), max_pixels) for side in (W, H)]
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 

@@ -8,6 +8,7 @@ Legend: H x W pixels; u, v an object's own coordinates, in which its outline has
 import colorsys
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import scipy.ndimage
@@ -39,24 +40,25 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
         raise FileExistsError(f"{directory}: found files that are not a drawn set, "
                               "expected a folder that does not exist yet")
 
-    beside = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    for folder in ("JPEGImages", "SegmentationClass", LISTS):
-        (beside / folder).mkdir(parents=True)
-    (beside / LISTS / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    for split, (name, n) in enumerate((("train", n_train), ("val", n_val))):
-        ids = [f"{name}_{i:04d}" for i in range(n)]
-        (beside / LISTS / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        for i, image_id in enumerate(ids):
-            rng = np.random.default_rng([seed, split, i])
-            image, labels = picture(rng, rng.integers(*height, endpoint=True),
-                                    rng.integers(*width, endpoint=True))
-            Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg",
-                                        quality=int(rng.integers(70, 95)))
-            save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
-    (beside / "toy.txt").write_text(about)
-    shutil.rmtree(directory, ignore_errors=True)
-    beside.replace(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".minicrf-", dir=directory.parent) as folder:
+        beside = pathlib.Path(folder) / "set"
+        for name in ("JPEGImages", "SegmentationClass", LISTS):
+            (beside / name).mkdir(parents=True)
+        (beside / LISTS / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+        for split, (name, n) in enumerate((("train", n_train), ("val", n_val))):
+            ids = [f"{name}_{i:04d}" for i in range(n)]
+            (beside / LISTS / f"{name}.txt").write_text("\n".join(ids) + "\n")
+            for i, image_id in enumerate(ids):
+                rng = np.random.default_rng([seed, split, i])
+                image, labels = picture(rng, rng.integers(*height, endpoint=True),
+                                        rng.integers(*width, endpoint=True))
+                Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg",
+                                            quality=int(rng.integers(70, 95)))
+                save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
+        (beside / "toy.txt").write_text(about)
+        shutil.rmtree(directory, ignore_errors=True)
+        beside.replace(directory)
     return directory
 
 

@@ -5,18 +5,19 @@ file, what was found and what was expected, raised as ValueError or FileNotFound
 Legend: H x W pixels; labels are 0..n_classes-1, or VOID (255) for pixels that are not scored.
 """
 import collections
-import concurrent.futures
 import os
 import pathlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import regular
 from ..losses import VOID
 from .matfiles import read_mat
-from .pictures import open_picture, save_png
+from .pictures import open_picture, read_photograph, save_png
 
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -38,32 +39,48 @@ def class_names(root):
     """The class names of a data set, background first: VOC's 21, or those in its classes.txt.
 
     root: the folder that holds JPEGImages.  ImageSets/Segmentation/classes.txt, one name a line,
-    replaces VOC's names.  Raises ValueError for repeated names, or fewer than 2 or more than 255.
+    replaces VOC's names.  Raises ValueError for repeated names, fewer than 2 or more than 255, and
+    for a classes.txt one or two folders too high.
     """
     path = _folder(root) / LISTS / "classes.txt"
     if not path.exists():
+        for folder in (path.parents[1], path.parents[2]):
+            if (folder / path.name).exists():
+                raise ValueError(f"{folder / path.name}: found class names where they are not "
+                                 f"read, expected them in {path}")
         return list(CLASS_NAMES)
     names = _lines(path)
-    if not 2 <= len(names) <= VOID:
-        raise ValueError(f"{path}: found {len(names)} class names, expected 2 to {VOID}")
-    for name, count in collections.Counter(names).items():
-        if count > 1:
-            raise ValueError(f"{path}: found class {name!r} {count} times, expected it once")
+    if not 2 <= len(names) <= VOID or len({*names}) < len(names):
+        raise ValueError(f"{path}: found {len(names)} class names, {len({*names})} different ones, "
+                         f"expected 2 to {VOID}, each once")
     return names
 
 
-def image_list(root, split, sbd=None):
+def image_list(root, split, sbd=None, problems=None):
     """The image ids of a split, "train" or "val", in a fixed order.
 
     With sbd the training list is (VOC train + SBD train + SBD val) minus VOC val: 10582 images on
     the full data.  sbd: SBD's benchmark_RELEASE folder or the dataset folder in it (labels as .mat
     files); or a SegmentationClassAug folder of label PNGs, or the folder that holds it.
-    Raises FileNotFoundError for missing folders and lists, ValueError for lists that make no sense.
+    problems: a list that takes a line for each entry that makes no sense; otherwise they raise
+    ValueError.  Raises FileNotFoundError for missing folders and lists.
     """
-    ids, problems = _image_list(root, split, sbd)
-    if problems:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise ValueError(problems[0] + more)
+    found = [] if problems is None else problems
+    lists = _folder(root) / LISTS
+    ids = _ids(lists / f"{split}.txt", found)
+    if sbd is not None and split == "train":
+        folder = _sbd_folder(sbd)
+        if folder.name == "cls":
+            for name in ("train.txt", "val.txt"):
+                ids += _ids(folder.parent / name, found)
+        else:
+            ids += sorted(path.stem for path in folder.glob("[!.]*.png"))
+        val = {*_ids(lists / "val.txt", [])}
+        ids = [image_id for image_id in dict.fromkeys(ids) if image_id not in val]
+    if not ids:
+        found.append(f"{lists / split}.txt: found no images of its own, expected one at least")
+    if found and problems is None:
+        raise ValueError(found[0])
     return ids
 
 
@@ -75,10 +92,8 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     Raises FileNotFoundError or ValueError, naming the file, for anything that cannot be right.
     """
     image_path, label_path = _paths(root, image_id, sbd)
-    picture = _open(image_path)
-    if picture.mode not in ("RGB", "L", "P", "CMYK"):       # 16 bits or transparent: not by guess
-        raise ValueError(f"{image_path}: found a picture of mode {picture.mode}, expected RGB")
-    image = np.array(picture.convert("RGB"))
+    # not turned: labels go with the pixels as they are stored
+    image = read_photograph(image_path, ("JPEG", "PNG"), MAX_PIXELS, upright=False)
     labels = _read_mat(label_path) if label_path.suffix == ".mat" else _read_png(label_path)
     if image.shape[:2] != labels.shape:
         (h, w), (lh, lw) = image.shape[:2], labels.shape
@@ -92,22 +107,25 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
 
 def check(root, sbd=None):
     """Every problem of a whole data set, as a list of lines; empty where all is well."""
-    names, line = _attempt(class_names, root)
-    problems, lists = [line], {}
-    for split in ("train", "val"):
-        found, line = _attempt(_image_list, root, split, sbd)
-        lists[split], more = found or ([], [])
-        problems += [line, *more]
-    problems += in_both_lists(root, lists["train"], lists["val"])
+    problems = []
 
-    def load_one(image):
-        return _attempt(load, root, *image, len(names or range(VOID)))[1]
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
 
+    n_classes = len(attempt(class_names, root) or range(VOID))
+    train = attempt(image_list, root, "train", sbd, problems) or []
+    val = attempt(image_list, root, "val", None, problems) or []
+    problems += in_both_lists(root, train, val)
     # validation needs VOC's own labels: SBD's have no void
-    ids = [(i, sbd) for i in lists["train"]] + [(i, None) for i in lists["val"]]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems += tqdm(pool.map(load_one, ids), "check", len(ids), unit="image", disable=None)
-    return list(dict.fromkeys(filter(None, problems)))
+    images = [(i, sbd) for i in train] + [(i, None) for i in val]
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda image: attempt(load, root, *image, n_classes), images)
+        for _ in tqdm(done, "check", len(images), unit="image", disable=None):
+            pass
+    return sorted({*problems})
 
 
 def in_both_lists(root, train, val):
@@ -130,20 +148,9 @@ def save_labels(path, labels):
 
 # What follows finds and reads single files.
 
-def _attempt(function, *arguments):
-    """(result, None), or (None, the line that says what is wrong)."""
-    try:
-        return function(*arguments), None
-    except (ValueError, OSError) as error:
-        return None, str(error)
-
-
 def _folder(root):
     """root as a Path, after checking that VOC's three folders are in it."""
     root = pathlib.Path(root)
-    if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise FileNotFoundError(f"{root}: found {found}, expected a VOC folder, with JPEGImages")
     missing = [name for name in ("JPEGImages", "SegmentationClass", LISTS)
                if not (root / name).is_dir()]
     if missing:
@@ -160,98 +167,71 @@ def _sbd_folder(sbd):
     """The folder of SBD's labels: .../cls with .mat files, otherwise one with label PNGs."""
     sbd = pathlib.Path(sbd)
     for folder in (sbd / "dataset" / "cls", sbd / "cls", sbd / "SegmentationClassAug", sbd):
-        if folder.is_dir():
+        if folder.is_dir() and (folder.name == "cls" or any(folder.glob("[!.]*.png"))):
             return folder
-    raise FileNotFoundError(f"{sbd}: found no such folder, expected SBD's dataset folder or "
-                            "SegmentationClassAug")
+    raise FileNotFoundError(f"{sbd}: found no such folder, or no label PNGs in it, expected SBD's "
+                            "dataset folder (cls, img, train.txt, val.txt) or SegmentationClassAug")
 
 
 def _lines(path):
     """The lines of a text file, stripped, none empty; any line endings, with or without BOM."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a line")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found a file that is not UTF-8 text ({error.reason}), "
-                         "expected a list, one name a line") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        text = regular(path).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a "
+                                "line") from None
+    except UnicodeDecodeError:
+        lines = []
     if not lines:
-        raise ValueError(f"{path}: found an empty list, expected one name a line")
+        raise ValueError(f"{path}: found an empty list, or no UTF-8 text, expected one name a line")
     return lines
 
 
-def _ids(path):
-    """The ids in an image list, each once, and the problems of the list as lines."""
+def _ids(path, problems):
+    """The ids in an image list, each once; what else is in it goes to `problems`, as lines."""
     counts = collections.Counter(_lines(path))
-    problems = [f"{path}: found {name[:100]!r} {count} times, expected each image once"
-                for name, count in counts.items() if count > 1]
+    problems += [f"{path}: found {name[:100]!r} {count} times, expected each image once"
+                 for name, count in counts.items() if count > 1]
     # an id is a bare file name: no folder, no drive, no '..', nothing hidden
-    sound = {name: re.fullmatch(r"\w[\w .+()-]{0,99}", name) for name in counts}
+    odd = {name for name in counts if not re.fullmatch(r"\w[\w .+()-]{0,99}", name)}
     problems += [f"{path}: found {name[:100]!r}, expected an image id such as 2007_000032, "
-                 "without folder" for name in counts if not sound[name]]
-    return [name for name in counts if sound[name]], problems
-
-
-def _image_list(root, split, sbd=None):
-    """Ids and problems of a split, as in `image_list`."""
-    if split not in ("train", "val"):
-        raise ValueError(f"split: found {split!r}, expected 'train' or 'val'")
-    lists = _folder(root) / LISTS
-    ids, problems = _ids(lists / f"{split}.txt")
-    if sbd is None or split == "val":
-        return ids, problems
-    folder = _sbd_folder(sbd)
-    if folder.name == "cls":
-        for name in ("train.txt", "val.txt"):
-            more, worse = _ids(folder.parent / name)
-            ids, problems = ids + more, problems + worse
-    else:
-        more = sorted(path.stem for path in folder.glob("[!.]*.png"))
-        if not more:
-            raise FileNotFoundError(f"{folder}: found no label PNGs, expected SBD's dataset folder "
-                                    "(with cls, img, train.txt, val.txt) or SegmentationClassAug")
-        ids = ids + more
-    val = set(_ids(lists / "val.txt")[0])
-    ids = [image_id for image_id in dict.fromkeys(ids) if image_id not in val]
-    if not ids and not problems:
-        problems = [f"{lists / 'train.txt'}: found no image outside val.txt, expected at least one"]
-    return ids, problems
+                 "without folder" for name in odd]
+    return [name for name in counts if name not in odd]
 
 
 def _paths(root, image_id, sbd):
     """The files (image, labels) of an id."""
     root = pathlib.Path(root)
-    images = [root / "JPEGImages" / f"{image_id}.jpg"]
+    images = [root / "JPEGImages" / f"{image_id}{ending}" for ending in (".jpg", ".png")]
     labels = [root / "SegmentationClass" / f"{image_id}.png"]
     if sbd is not None:
         folder = _sbd_folder(sbd)
         images.append(folder.parent / "img" / f"{image_id}.jpg")
         labels.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
     for kind, places in (("image", images), ("labels", labels)):
-        if not any(map(os.path.isfile, places)):
+        try:
+            yield next(filter(os.path.exists, places))
+        except StopIteration:
             raise FileNotFoundError(f"{' and '.join(map(str, places))}: found no such file, "
-                                    f"expected the {kind} of image id {image_id}")
-    return tuple(next(filter(os.path.isfile, places)) for places in (images, labels))
-
-
-def _open(path):
-    """A decoded Pillow image, not turned: labels go with the pixels as they are stored."""
-    return open_picture(path, "whole picture", ("JPEG", "PNG"), MAX_PIXELS, upright=False)
+                                    f"expected the {kind} of image id {image_id}") from None
 
 
 def _read_png(path):
     """Labels (H, W) from a PNG whose pixel values, not colours, are the labels."""
-    picture = _open(path)
-    if picture.mode not in ("P", "L"):
-        raise ValueError(f"{path}: found a picture of mode {picture.mode}, expected labels as the "
-                         "values of a palette (P) or greyscale (L) PNG, not as colours")
+    picture = open_picture(path, "label picture", ("PNG",), MAX_PIXELS)
+    with open(path, "rb") as file:
+        depth, colour = file.read(26)[24:]         # of PNG's header: 0 is grey, 3 a palette
+    if colour != 3 and (depth, colour) != (8, 0):  # Pillow stretches grey of fewer bits
+        raise ValueError(f"{path}: found {depth} bits a pixel (mode {picture.mode}), expected "
+                         "labels as the values of a palette PNG or a grey one of 8 bits, not as "
+                         "colours")
     return np.array(picture)
 
 
 def _read_mat(path):
     """Labels (H, W) from one of SBD's .mat files: GTcls.Segmentation."""
-    content = read_mat(path, MAX_PIXELS)
+    content = read_mat(path)
     try:
         labels = content["GTcls"]["Segmentation"][0]
     except (KeyError, TypeError, IndexError):

@@ -4,6 +4,7 @@ Keys: the network's own (`conv1_1_w` ... `fc8_b`, `mean`), `crf_w`, `crf_log_sig
 `velocity_KEY`, and `info`, a JSON text.  Written beside and renamed; read without pickle.
 """
 import json
+import os
 
 import numpy as np
 
@@ -41,9 +42,13 @@ def read(path):
     arrays = weights.read_npz(path)
     try:
         info = json.loads(str(arrays.pop("info")))
+        classes = info["classes"]
         sound = (all(isinstance(info[key], kind) for key, kind in INFO.items())
-                 and {"mean", "scale", "fc8_w"} <= arrays.keys() and info["iteration"] >= 0
-                 and info["classes"] and all(isinstance(name, str) for name in info["classes"]))
+                 and info["preset"] in vgg.PRESETS
+                 and {"mean", "scale"} <= arrays.keys() and info["iteration"] >= 0
+                 and 2 <= len(classes) <= 255 and all(isinstance(name, str) for name in classes)
+                 and arrays["fc8_b"].shape == (len(classes),) and info["stage"] in STAGES
+                 and ("crf_w" in arrays) == (info["stage"] != "unary"))
     except (KeyError, ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -53,52 +58,6 @@ def read(path):
         raise ValueError(f"{path}: found version {info['version']}, expected {__version__}")
     weights.check_numbers(path, arrays)
     return arrays, info
-
-
-def load_net(path, arrays, info):
-    """A network with a checkpoint's preset, classes and parameters.
-
-    arrays, info: from read(path).  Raises ValueError where a layer is missing or has another shape.
-    """
-    if info["preset"] not in vgg.PRESETS:
-        raise ValueError(f"{path}: found preset {info['preset']!r}, expected one of "
-                         f"{', '.join(vgg.PRESETS)}")
-    net = vgg.build(info["preset"], len(info["classes"]))
-    missing = weights.fill(net, arrays, path)
-    if missing:
-        raise ValueError(f"{path}: found no {', '.join(missing)}, expected all layers")
-    return net
-
-
-def load_crf(path, arrays, info):
-    """The DenseCRF of a checkpoint, or None where it was left by the unary stage.
-
-    Raises ValueError where one of its parameters is missing, has another shape or is too large.
-    """
-    if "crf_w" not in arrays:
-        return None
-    crf = DenseCRF(len(info["classes"]))
-    for key, p in crf.params.items():
-        values = arrays.get(f"crf_{key}", np.zeros(0, np.int8))
-        if (values.dtype, values.shape) != (p.dtype, p.shape):
-            raise ValueError(f"{path}: crf_{key}: found {values.dtype} of shape {values.shape}, "
-                             f"expected {p.dtype} of shape {p.shape}")
-        largest = 1e30 if key == "w" else LARGEST_LOG_SIGMA
-        if not abs(values).max() <= largest:
-            raise ValueError(f"{path}: crf_{key}: found {values.tolist()}, expected numbers from "
-                             f"{-largest:g} to {largest:g}")
-        p[...] = values
-    return crf
-
-
-def load_velocity(path, arrays, optimiser):
-    """Restore the optimiser's momentum.  Raises ValueError where the checkpoint has none."""
-    for key, v in optimiser.velocity.items():
-        values = arrays.get(f"velocity_{key}")
-        if values is None or values.shape != v.shape:
-            raise ValueError(f"{path}: found no momentum for {key} of shape {v.shape}, expected a "
-                             "checkpoint that a training run left")
-        v[...] = array_module(v).asarray(values)
 
 
 def load_model(path, classes=None, device="cpu"):
@@ -112,11 +71,57 @@ def load_model(path, classes=None, device="cpu"):
         raise ValueError(f"{path}: found a network for {len(info['classes'])} classes "
                          f"({', '.join(info['classes'][:3])} ...), expected the data set's "
                          f"{len(classes)} ({', '.join(classes[:3])} ...)")
-    if info["stage"] not in STAGES or ("crf_w" in arrays) != (info["stage"] != "unary"):
-        crf = "a" if "crf_w" in arrays else "no"
-        raise ValueError(f"{path}: found stage {info['stage']!r} and {crf} CRF, expected one of "
-                         f"{', '.join(STAGES)}; a CRF in all but the first")
-    net = load_net(path, arrays, info)
-    crf = load_crf(path, arrays, info)
+    net = vgg.build(info["preset"], len(info["classes"]))
+    copy(path, arrays, net.params)
     vgg.move(net, device)
-    return Model(net, arrays["mean"], crf, device, arrays["scale"]), arrays, info
+    return Model(net, arrays["mean"], load_crf(path, arrays, info), device,
+                 arrays["scale"]), arrays, info
+
+
+def load_crf(path, arrays, info):
+    """The DenseCRF of a checkpoint, or None where it was left by the unary stage.
+
+    Raises ValueError where one of its parameters is missing, has another shape or is too large.
+    """
+    if info["stage"] == "unary":
+        return None
+    crf = DenseCRF(len(info["classes"]))
+    copy(path, arrays, crf.params, "crf_")
+    for key, p in crf.params.items():
+        largest = 1e6 if key == "w" else LARGEST_LOG_SIGMA
+        if abs(p).max() > largest:
+            raise ValueError(f"{path}: crf_{key}: found {p.tolist()}, expected numbers from "
+                             f"{-largest:g} to {largest:g}")
+    return crf
+
+
+def copy(path, arrays, params, prefix=""):
+    """Fill params from arrays; ValueError where one is missing or has another shape."""
+    for key, p in params.items():
+        values = arrays.get(prefix + key)
+        if values is None or values.shape != p.shape:
+            found = "nothing" if values is None else f"shape {values.shape}"
+            raise ValueError(f"{path}: {prefix + key}: found {found}, expected shape {p.shape}")
+        p[...] = array_module(p).asarray(values)
+
+
+def resume(path, classes, device, settings):
+    """(Model, arrays, info) of the checkpoint in which a run stopped that is to go on.
+
+    settings: dict; what it shares with those of the checkpoint must be equal, and its stage.
+    """
+    model, arrays, info = load_model(path, classes, device)
+    if not isinstance(info.get("settings"), dict) or not isinstance(info.get("fresh"), list):
+        raise ValueError(f"{path}: found no settings of a run, expected what a training run left")
+    found = {"stage": info["stage"], **info["settings"]}
+    for name, value in settings.items():
+        if name in found and found[name] != value:
+            raise ValueError(f"{path}: found a run with {name} {found[name]}, expected "
+                             f"{value}: --resume goes on with the same settings")
+    return model, arrays, info
+
+
+def present(out):
+    """The checkpoints in an output folder by stage, in the order of training."""
+    paths = {stage: os.path.join(out, f"{stage}.npz") for stage in STAGES}
+    return {stage: path for stage, path in paths.items() if os.path.exists(path)}

@@ -1,10 +1,18 @@
-"""Evaluation on lists of images (paper, Sec. 4.2)."""
+"""Measuring and using trained models: lists of images (paper, Sec. 4.2), photographs.
+
+Legend: H x W pixels, L labels.
+"""
+import os
+import sys
+
 import numpy as np
 
-from . import metrics
+from ..data import pictures, voc
+from . import checkpoints, figures, metrics
+from .metrics import BAND
 
 
-def evaluate(model, samples, n_classes, band=5):
+def evaluate(model, samples, n_classes, band=BAND):
     """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
 
     Sec. 4.2: sum them over the images, then metrics.mean_iou.
@@ -24,3 +32,41 @@ def evaluate(model, samples, n_classes, band=5):
                 counts.setdefault(f"{method}_band", []).append(
                     metrics.confusion_matrix(truth[near], prediction[near], n_classes))
     return {method: np.stack(each) for method, each in counts.items()}
+
+
+def curve_point(model, data, n=None):
+    """Mean IoU on the first n validation images (None: all), as a row of log.csv has it."""
+    ids = data.val[:n]
+    counts = evaluate(model, data.samples(ids, "evaluation"), len(data.classes), band=0)
+    miou = [float(metrics.mean_iou(each.sum(axis=0))) for each in counts.values()]
+    return {"miou": miou[-1], "miou_unary": miou[0], "images": f"{len(ids)}/{len(data.val)}"}
+
+
+def label_photographs(checkpoint, path, folder, device):
+    """Label PNG, overlay PNG and class summary for a photograph, or those of a folder; any size."""
+    photographs = pictures.find_photographs(path)
+    model, _, info = checkpoints.load_model(checkpoint, device=device)
+    os.makedirs(folder, exist_ok=True)
+    skipped = 0
+    for each in photographs:
+        try:
+            image = pictures.read_photograph(each)
+            small = pictures.shrink(image)   # a CRF variable a pixel: at most a million of them
+            labels = [found for found in model.predict(small) if found is not None][-1]
+            labels = pictures.enlarge(labels, image.shape[:2])
+            name = os.path.join(folder, os.path.basename(each))
+            voc.save_labels(f"{name}.labels.png", labels)
+            pictures.save_png(f"{name}.overlay.png", figures.overlay(image, labels))
+        except (ValueError, OSError, MemoryError) as error:
+            if not os.path.isdir(path):
+                raise
+            print(f"skipped: {error or f'{each}: too little memory'}", file=sys.stderr)
+            skipped += 1
+            continue
+        share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size
+        print(f"{each}: " + ", ".join(f"{info['classes'][i]} {100 * share[i]:.1f}%"
+                                      for i in np.argsort(-share) if share[i] >= 0.001))
+    if skipped == len(photographs):
+        raise ValueError(f"--image: found no readable photograph among {skipped} in {path}")
+    print(f"wrote NAME.labels.png and NAME.overlay.png of {len(photographs) - skipped} photographs "
+          f"to {folder}")

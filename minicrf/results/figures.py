@@ -13,6 +13,7 @@ from PIL.ImageFont import load_default as font
 from ..data import pictures
 from ..data.voc import palette
 from ..losses import VOID
+from .metrics import BAND
 
 INK, FAINT, PAPER = (30, 30, 30), (215, 215, 215), (255, 255, 255)
 BLUE, ORANGE = (0, 90, 180), (215, 95, 0)        # told apart by the colour-blind, too
@@ -95,7 +96,7 @@ def curves(path, log, size=(1000, 420)):
     rows without a miou are passed over.  The best unary value is a dashed line on the right.
     """
     points = {stage: [(int(row["iteration"]), float(row["miou"])) for row in log
-                      if row["stage"] == stage and row["miou"] not in ("", "nan")]
+                      if row["stage"] == stage and str(row["miou"]) not in ("", "nan")]
               for stage in ("unary", "joint")}
     images = {stage: _images(log, stage) for stage in points}
     values = [v for line in points.values() for _, v in line] or [0, 100]
@@ -158,25 +159,21 @@ def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
 
 
 def _images(log, stage):
-    """What a stage's curve was measured on, as its log says."""
-    found = dict.fromkeys(row["images"] for row in log if row["stage"] == stage and row["images"])
-    counts = [text.split("/") for text in found]
-    words = ["all" if k == n else f"the first {k} of" for k, n in counts]
-    return f"{' or '.join(words)} {counts[-1][1]} validation images" if counts else ""
+    """What a stage's curve was measured on, as the last row of its log says."""
+    found = [row["images"] for row in log if row["stage"] == stage and row["images"]]
+    k, n = found[-1].split("/") if found else ("", "")
+    return f"{'all' if k == n else f'the first {k} of'} {n} validation images" if found else ""
 
 
 def table(results, names):
     """Table 1 as text: a line for each class, a column for each method, the means below.
 
-    results: dict from method to {"miou": percent, "iou": {class name: percent or None}} and
-    optionally "miou_band" within "band" pixels of class boundaries, as in results.json.  What is
-    None or missing is shown as "-".
+    results: dict from method to {"miou": percent, "iou": {class name: percent or None},
+    "miou_band": percent}, as in results.json.  None is shown as "-".
     """
-    rows = {name: [result["iou"].get(name) for result in results.values()] for name in names}
-    means = {"mean IoU": [result["miou"] for result in results.values()]}
-    for band in sorted({result["band"] for result in results.values() if "band" in result}):
-        means[f"within {band} px"] = [result["miou_band"] if result.get("band") == band else None
-                                      for result in results.values()]
+    rows = {name: [result["iou"][name] for result in results.values()] for name in names}
+    means = {"mean IoU": [result["miou"] for result in results.values()],
+             f"within {BAND} px": [result["miou_band"] for result in results.values()]}
     heads = [textwrap.wrap(method, 11) for method in results]
     first = max(map(len, [*rows, *means]))
     widths = [max(7, *map(len, head)) for head in heads]

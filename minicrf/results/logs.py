@@ -1,86 +1,72 @@
-"""What a training run tells of itself: log.csv, from which curves are drawn, and the terminal."""
+"""The course of a run: log.csv, from which curves are drawn."""
 import csv
-import sys
-import time
+import os
+import re
 
-from tqdm import tqdm
+from ..files import regular, replacing
+from ..training import STAGES
 
-from ..files import replacing
+COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")
 
 
 class Log:
-    """log.csv: a row for each iteration, appended; a resumed run goes on behind its checkpoint."""
+    """The rows of log.csv, one for each iteration; written whole, with each checkpoint.
 
-    COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")
+    path: the file.  Rows of `stage` after iteration `start` are dropped, as they will be computed
+    again; but the file stays as it is until `write`.
+    """
 
-    def __init__(self, path, model, stage, start):
-        """Drops the rows of `stage` after iteration `start`: they will be computed again."""
-        self.path, self.stage = path, stage
-        self.params = model.crf.params if model.crf is not None else {}
-        rows = [row for row in read_log(path)
-                if row["stage"] != stage or int(row["iteration"]) <= start]
-        columns = [*self.COLUMNS, *(rows[0] if rows else ()), *self._values()]
-        self.columns = list(dict.fromkeys(columns))
-        with replacing(path, newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+    def __init__(self, path, stage, start):
+        self.path, self.stage, rows = path, stage, read_log(path)
+        self.rows = [row for row in rows if row["stage"] != stage]
+        self.rows += [row for row in rows
+                      if row["stage"] == stage and start and int(row["iteration"]) <= start]
+
+    def add(self, iteration, crf=None, **values):
+        """An iteration's row.  values: of COLUMNS; crf: one whose parameters are noted as well."""
+        row = dict.fromkeys(COLUMNS, "") | {"stage": self.stage, "iteration": iteration} | values
+        for key, p in (crf.params if crf else {}).items():
+            row |= {f"{key}_{i}": float(value) for i, value in enumerate(p.ravel())}
+        self.rows.append(row)
+
+    def waiting(self, iteration):
+        """Whether the last row is of that iteration of the stage and has no mean IoU yet."""
+        last = self.rows[-1] if self.rows else dict.fromkeys(COLUMNS)
+        return (last["stage"], str(last["iteration"]), last["miou"]) == (self.stage, str(iteration),
+                                                                         "")
+
+    def write(self):
+        """Put the rows into the file.  Raises OSError, naming it."""
+        columns = dict.fromkeys(key for row in self.rows for key in row)
+        with replacing(self.path, newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
-            writer.writerows(rows)
-
-    def append(self, iteration, loss, rate, **values):
-        """Add an iteration's row.  rate: the factor on all learning rates; values: more columns."""
-        row = dict(stage=self.stage, iteration=iteration, loss=repr(loss), rate=rate)
-        try:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row | values | self._values())
-        except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error.strerror}); checkpoints "
-                          "written before are kept") from None
-
-    def _values(self):
-        return {f"{key}_{i}": repr(float(value)) for key, p in self.params.items()
-                for i, value in enumerate(p)}
+            writer.writerows(self.rows)
 
 
 def read_log(path):
     """The rows of a log.csv as dicts of strings; empty where there is none yet.
 
-    Leaves out a row that a full disk cut short.  Raises ValueError for another kind of file.
+    Raises ValueError, with the line's number, where one is not as `Log` writes them.
     """
-    try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in [*row, *row.values()]]
-        for row in rows:
-            row["stage"], int(row["iteration"]), float(row["loss"]), row["images"]
-            if abs(float(row["miou"] or 0)) > 100 or int(row["iteration"]) < 0:
-                raise ValueError(f"found mean IoU {row['miou']} in iteration {row['iteration']}")
+    rows = []
+    if not os.path.exists(regular(path)):
         return rows
-    except FileNotFoundError:
-        return []
-    except (KeyError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable log ({error}), expected log.csv of an earlier "
-                         "run; move it away to start a new one") from None
-
-
-class Progress:
-    """How far training is: a bar on a terminal, otherwise a plain line now and then."""
-
-    def __init__(self, stage, start, iterations, batch_size):
-        self.stage, self.start = stage, start
-        self.iterations, self.batch_size = iterations, batch_size
-        self.bar = tqdm(total=iterations, initial=start, desc=stage, unit="it", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())
-        self.began = self.shown = time.monotonic()
-
-    def update(self, iteration, loss, note=""):
-        """Show an iteration's loss; note: what an evaluation found, printed at once."""
-        now = time.monotonic()
-        each = (now - self.began) / (iteration - self.start)             # seconds an iteration
-        speed = f"{self.batch_size / each:.2f}"
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed} images/s")
-        self.bar.update()
-        if note or self.bar.disable and now - self.shown > 30:
-            self.shown = now
-            left = tqdm.format_interval(each * (self.iterations - iteration))
-            with tqdm.external_write_mode():                             # above the bar
-                print(f"{self.stage} {iteration}/{self.iterations}: loss {loss:.3f}, {speed} "
-                      f"images/s, {left} left{note and ', '}{note}", flush=True)
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file, strict=True)
+        try:
+            if not {*COLUMNS} <= {*(lines.fieldnames or ())}:
+                raise ValueError("not its columns")
+            for row in lines:
+                for key in row.keys() - {"stage", "images"}:
+                    float(row[key] or ("x" if row[key] is None else 0))   # None: a short row
+                if (row["stage"] not in STAGES or int(row["iteration"]) < 0
+                        or abs(float(row["miou"] or 0)) > 100
+                        or not re.fullmatch(r"(\d+/\d+)?", row["images"])):
+                    raise ValueError(", ".join(list(row.values())[:5]))
+                rows.append(row)
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"{path}: line {lines.line_num}: found what is none of a log "
+                             f"({error}), expected log.csv of an earlier run; move it away to "
+                             "start a new one") from None
+    return rows

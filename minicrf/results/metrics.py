@@ -9,6 +9,8 @@ import scipy.ndimage
 from ..arrays import array_module, to_host
 from ..losses import VOID
 
+BAND = 5        # pixels on either side of a class boundary, where a CRF has most to do
+
 
 def confusion_matrix(labels, predictions, n_classes):
     """Pixel counts (L, L), int64: rows the true label, columns the predicted one, void left out.

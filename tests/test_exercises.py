@@ -9,9 +9,10 @@ import functools
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
-from minicrf import exercises, gradcheck
+from minicrf import exercises, gradcheck, losses
 
 PACKAGE = pathlib.Path(gradcheck.__file__).parent
 
@@ -100,3 +101,19 @@ def test_every_term_of_the_back_tracking_loop_has_a_bug():
     for term in ("df[", "df += dz", "forth[", "back[", "cross[", "product", "dq =", "dq +=", "w[m]",
                  "transpose"):
         assert any(term in right for right in broken), term
+
+
+def test_a_bug_reaches_those_who_imported_the_function_before():
+    imported, kept = losses.softmax_loss, losses.softmax_loss.__code__
+    z, y = np.zeros((2, 2)), np.array([0, 1])
+    right = imported(z, y)[1]
+    with exercises.broken("loss-truth-dropped"):
+        assert not np.array_equal(imported(z, y)[1], right)
+    assert np.array_equal(imported(z, y)[1], right) and imported.__code__ is kept
+
+
+def test_a_bug_whose_line_has_changed_is_refused(monkeypatch):
+    monkeypatch.setitem(exercises.BUGS, "losses.softmax_loss", {"stale": ("no such text", "")})
+    with pytest.raises(ValueError, match="found 'no such text' 0 times in losses.softmax_loss"):
+        with exercises.broken("stale"):
+            pass

@@ -1,0 +1,75 @@
+"""What the command lines share: options, errors in one line, and how they are stopped."""
+import argparse
+import contextlib
+import os
+import signal
+import sys
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)          # Ctrl-C; what a scheduler sends
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print the usage as well."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+def number(expected, accept, kind=float):
+    """An argparse type for finite numbers that accept(number) takes; expected: them in words."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (value < float("inf") and accept(value)):
+            raise argparse.ArgumentTypeError(f"found {text[:99]!r}, expected {expected}")
+        return value
+    return parse
+
+
+WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)           # of a kernel
+WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
+
+
+def run_program(name, function, *arguments):
+    """function(*arguments), which returns an exit code; returns that.
+
+    What a user did wrong ends in one line on stderr and code 2, Ctrl-C and SIGTERM in code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
+        stream.reconfigure(errors="backslashreplace")
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    code = 2
+    try:
+        code = function(*arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        error, code = "stopped; what was written before is kept", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more
+        error = "stopped, as nobody reads its output; what was written before is kept"
+    except MemoryError as raised:                  # CuPy's OutOfMemoryError is one
+        error = f"found too little memory ({raised})"
+    except (ValueError, OSError, FloatingPointError) as raised:
+        error = raised
+        if isinstance(raised, OSError) and raised.filename:      # as the system says it
+            error = f"{raised.filename}: found {raised.strerror}, expected a file to read or write"
+    print(f"{name}: {error}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Ctrl-C and SIGTERM wait until the block is done."""
+    waiting = []
+    before = {number: signal.signal(number, lambda *_: waiting.append(True)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt

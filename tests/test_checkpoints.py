@@ -1,0 +1,157 @@
+"""Checkpoints: they come back to the bit; what is none, or another run's, is refused in one line."""
+import json
+
+import numpy as np
+import pytest
+
+from minicrf import DenseCRF, training, vgg
+from minicrf.data import weights
+from minicrf.results import checkpoints
+
+CLASSES = list("abcd")
+INFO = {"stage": "joint", "classes": CLASSES, "iteration": 1, "seed": 0, "fresh": [],
+        "settings": {"stage": "joint", "seed": 0, "rate": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    crf = DenseCRF(4, w=(1.5, 2.0), sigma_position=(2.0, 1.3),
+                   sigma_bilateral=(6.0, 7.0, 50.0, 60.0, 70.0))
+    return training.Model(vgg.build("tiny", 4), (100.0, 110.0, 120.0), crf, scale=60)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    """A checkpoint of the joint stage in which no array is constant."""
+    path, rng = tmp_path_factory.mktemp("checkpoint") / "joint.npz", np.random.default_rng(0)
+    optimiser = training.optimizer(model, "joint", [])
+    for arrays in (optimiser.params, optimiser.velocity):
+        for array in arrays.values():
+            array += rng.standard_normal(array.shape) * 0.01
+    checkpoints.save(path, model, INFO, optimiser)
+    return path
+
+
+def load(path, settings=()):
+    """All that a resumed run takes from a checkpoint, as one dict."""
+    model, arrays, info = checkpoints.resume(path, CLASSES, "cpu", dict(settings))
+    optimiser = training.optimizer(model, "joint", info["fresh"])
+    checkpoints.copy(path, arrays, optimiser.velocity, "velocity_")
+    velocity = {f"velocity_{key}": v for key, v in optimiser.velocity.items()}
+    return {**optimiser.params, **velocity, "mean": model.mean, "scale": model.scale}
+
+
+def refused(path, *words):
+    with pytest.raises((ValueError, OSError)) as error:
+        load(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message, message
+    assert all(word in message for word in words), message
+
+
+def test_parameters_momentum_and_what_else_is_needed_come_back_to_the_bit(checkpoint):
+    """Also log sigma, which is not the logarithm of its own exponential everywhere."""
+    stored, found = weights.read_npz(checkpoint), load(checkpoint)
+    assert not np.array_equal(np.log(np.exp(stored["crf_log_sigma_position"])),
+                              stored["crf_log_sigma_position"])
+    assert stored.keys() - {"info"} == found.keys()
+    assert all(np.array_equal(stored[key], found[key]) for key in found)
+
+
+def test_a_failed_write_leaves_the_earlier_one(model, checkpoint, monkeypatch):
+    before = checkpoint.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="joint.npz: could not be written .No space left"):
+        checkpoints.save(checkpoint, model, INFO)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("name, value, found", [
+    ("seed", 1, "seed 0, expected 1"), ("rate", 2.0, "rate 1.0, expected 2.0"),
+    ("stage", "piecewise", "stage joint, expected piecewise")])
+def test_other_settings_are_refused(checkpoint, name, value, found):
+    with pytest.raises(ValueError, match=f"joint.npz: found a run with {found}: --resume goes on"):
+        load(checkpoint, {"seed": 0, name: value})
+    load(checkpoint, {"seed": 0, "of a later version": 5})
+
+
+def test_other_classes_are_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"joint.npz: found a network for 4 classes \(a, b, c"):
+        checkpoints.load_model(checkpoint, list("abcde"))
+
+
+def changed(checkpoint, path, arrays=(), **info):
+    """A copy with other arrays (None: without) and entries of info."""
+    content = weights.read_npz(checkpoint)
+    if info:
+        content["info"] = np.array(json.dumps({**json.loads(str(content["info"])), **info}))
+    content |= dict(arrays)
+    np.savez(path, **{key: array for key, array in content.items() if array is not None})
+    return path
+
+
+@pytest.mark.parametrize("arrays, info, named", [
+    ({}, {"version": "99.0"}, "found version 99.0"), ({}, {"version": 3}, "no training state"),
+    ({}, {"preset": "vgg19"}, "no training state"), ({}, {"preset": ["tiny"]}, "no training state"),
+    ({}, {"preset": "largefov"}, "conv1_1_w: found shape"), ({}, {"classes": 4}, "no training"),
+    ({}, {"classes": CLASSES[:3]}, "no training state"), ({}, {"classes": [1] * 4}, "no training"),
+    ({"fc8_b": np.ones(1)}, {"classes": ["a"]}, "no training state"),
+    ({"fc8_b": np.ones(300)}, {"classes": [str(i) for i in range(300)]}, "no training state"),
+    ({}, {"iteration": "1"}, "no training state"), ({}, {"iteration": -1}, "no training state"),
+    ({}, {"stage": None}, "no training state"), ({}, {"stage": "../evil"}, "no training state"),
+    ({}, {"stage": "unary"}, "no training state"), ({"crf_w": None}, {}, "no training state"),
+    ({}, {"settings": "none"}, "no settings"), ({}, {"fresh": None}, "no settings"),
+    ({"info": None}, {}, "no training state"), ({"info": np.array("[]")}, {}, "no training state"),
+    ({"info": np.array("[" * 50000)}, {}, "no training state"),
+    ({"info": np.float64(1)}, {}, "no training state"), ({"mean": None}, {}, "no training state"),
+    ({"mean": np.ones(1)}, {}, "found mean [1.0]"), ({"scale": np.zeros(())}, {}, "scale 0.0"),
+    ({"scale": np.ones(2)}, {}, "scale"), ({"conv3_1_b": None}, {}, "conv3_1_b: found nothing"),
+    ({"fc7_b": np.full(96, np.nan)}, {}, "fc7_b: found"),
+    ({"fc7_b": np.ones(96, int)}, {}, "fc7_b: found int64"),
+    ({"fc7_b": np.full(96, "1.0")}, {}, "fc7_b: found <U3"),
+    ({"velocity_fc7_b": None}, {}, "velocity_fc7_b: found nothing"),
+    ({"velocity_fc7_b": np.full(96, np.inf)}, {}, "velocity_fc7_b: found"),
+    ({"crf_w": np.ones(3)}, {}, "crf_w: found shape (3,)"),
+    ({"crf_w": np.array([1, 1e9])}, {}, "crf_w: found"),
+    ({"crf_log_sigma_position": np.full(2, 800.0)}, {}, "sigma_position: found"),
+    ({"crf_log_sigma_bilateral": np.full(5, -800.0)}, {}, "sigma_bilateral: found"),
+    ({"crf_log_sigma_position": None}, {}, "crf_log_sigma_position: found nothing")])
+def test_a_checkpoint_of_something_else_is_refused(checkpoint, tmp_path, arrays, info, named):
+    refused(changed(checkpoint, tmp_path / "joint.npz", arrays, **info), named)
+
+
+def test_a_checkpoint_of_a_version_that_kept_more_is_taken(checkpoint, tmp_path):
+    """As that of 0.1.0 before this one: the best mean IoU, and what a run started from."""
+    old = changed(checkpoint, tmp_path / "joint.npz", best=50.5, start=7, settings={
+        "seed": 0, "training list (its checksum)": 5})
+    load(old, {"stage": "joint", "seed": 0, "image lists (their checksum)": 6})
+
+
+def test_fresh_layers_that_make_no_sense_do_no_harm(checkpoint, tmp_path):
+    load(changed(checkpoint, tmp_path / "joint.npz", fresh=[["fc8"], {}, "fc9"]))
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999, 0.99999])
+def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path, share):
+    content, path = checkpoint.read_bytes(), tmp_path / "joint.npz"
+    path.write_bytes(content[:int(share * len(content))])
+    refused(path)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+    content, path = bytearray(checkpoint.read_bytes()), tmp_path / "joint.npz"
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused(path, "not a readable .npz file: Bad CRC-32")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text\n", b"MATLAB 5.0 MAT-file", bytes(3000)])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "joint.npz"
+    path.write_bytes(content)
+    refused(path, "not a readable .npz file")

@@ -1,0 +1,98 @@
+"""Files are replaced whole or not at all, read only where they have an end, locked by one run."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minicrf import files
+from minicrf.data import matfiles, pictures, voc, weights
+from minicrf.results import logs
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /dev")
+
+
+def test_a_file_is_replaced_once_it_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with files.replacing(path) as file:
+        file.write("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_is_cut_short_leaves_the_earlier_file(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(type(error)) as raised:
+        with files.replacing(path) as file:
+            file.write("half of ")
+            raise error
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
+    if isinstance(error, OSError):
+        assert str(raised.value) == (f"{path}: could not be written (No space left on device); "
+                                     "what it held before is untouched")
+
+
+def test_no_file_of_a_users_own_is_written_to(tmp_path, monkeypatch):
+    """Neither one of the temporary file's name nor what a link of that name points to."""
+    mine = tmp_path / "a.txt.tmp"
+    mine.write_text("the only copy")
+    with files.replacing(tmp_path / "a.txt") as file:
+        file.write("x")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "taken")
+    link = tmp_path / ".minicrf-taken.tmp"
+    link.symlink_to(mine)
+    with pytest.raises(OSError, match="a.txt: could not be written .File exists"):
+        with files.replacing(tmp_path / "a.txt") as file:
+            file.write("y")
+    assert mine.read_text() == "the only copy" and (tmp_path / "a.txt").read_text() == "x"
+
+
+@LINUX
+@pytest.mark.parametrize("read", [
+    weights.read_weights, weights.read_npz, matfiles.read_mat, pictures.read_photograph,
+    logs.read_log, voc._lines])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_only_regular_files_are_opened(tmp_path, read, kind):
+    """A pipe would hang, /dev/zero fill the memory."""
+    path = tmp_path / "file"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
+    with pytest.raises(ValueError, match="found no regular file") as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+LOCK = """
+import sys
+from minicrf import files
+with files.locked(sys.argv[1]):
+    pass
+"""
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+    out = tmp_path / "new" / "out"
+    with files.locked(out):
+        (out / ".minicrf-left.tmp").write_text("by a run that was killed")
+        command = [sys.executable, "-c", LOCK, out]
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert f"found another run at work in {out}; expected another folder" in second.stderr
+    assert subprocess.run(command).returncode == 0
+    assert os.listdir(out) == ["lock"]
+
+
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", "/dev/null/runs"):
+        with pytest.raises(OSError, match=f"--out: found {out} .*expected a folder to write into"):
+            with files.locked(out):
+                pass

@@ -1,0 +1,326 @@
+"""What may end a run: signals, kills, full disks, broken files, a second run; what is left then.
+
+Whatever it is, a run that goes on ends as if undisturbed, to the bit.
+"""
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import run_voc
+from minicrf.data import weights
+from minicrf.results import checkpoints, logs
+
+resource = pytest.importorskip("resource", reason="signals and limits of a process are Unix's")
+PROGRAM = pathlib.Path(run_voc.__file__)
+OPTIONS = ["--net", "tiny", "--batch-size", "2", "--iterations", "4", "--evaluate-every", "2",
+           "--rate", "0.1"]
+
+
+def options(toy_set, out, *more):
+    return ["--voc", str(toy_set), "--out", str(out), *OPTIONS, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(toy_set, tmp_path_factory):
+    """The output folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run_voc.main(options(toy_set, out)) == 0
+    return out
+
+
+def assert_as_if_undisturbed(out, whole):
+    """Every array of every checkpoint to the bit, the log and the results to the letter."""
+    assert not list(out.glob("**/.minicrf-*"))
+    for path in whole.glob("*.npz"):
+        expected, found = weights.read_npz(path), weights.read_npz(out / path.name)
+        assert expected.keys() == found.keys()
+        for key in expected:
+            if key != "info":                      # tells the command line, --resume in it
+                assert np.array_equal(expected[key], found[key]), (path.name, key)
+    for name in ("log.csv", "results.json", "table.txt"):
+        assert (out / name).read_text() == (whole / name).read_text(), name
+
+
+def run(arguments, **more):
+    return subprocess.run([sys.executable, PROGRAM, *arguments], text=True, timeout=300,
+                          **{"capture_output": True, **more})
+
+
+def resume(toy_set, out, whole):
+    done = run(options(toy_set, out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert_as_if_undisturbed(out, whole)
+
+
+def one_line(error, *words):
+    assert error.count("\n") == 1 and error.startswith("run_voc.py: "), error
+    assert all(word in error for word in words), error
+
+
+# The program, with a signal to itself before or after the n-th call of os.fsync or os.replace
+SUICIDE = """
+import os, signal, sys
+import run_voc
+name, number, when, signum = sys.argv[1:5]
+real, calls = getattr(os, name), 0
+def call(*arguments):
+    global calls
+    calls += 1
+    if when == "after":
+        real(*arguments)
+    if calls == int(number):
+        os.kill(os.getpid(), int(signum))
+    if when == "before":
+        real(*arguments)
+setattr(os, name, call)
+sys.exit(run_voc.main(sys.argv[5:]))
+"""
+
+
+def signalled(arguments, name, number, when, signum=signal.SIGKILL):
+    """Runs the program, with a signal to itself; returns the finished process."""
+    command = [sys.executable, "-c", SUICIDE, name, str(number), when, str(int(signum)), *arguments]
+    return subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_killed_in_three_writes_ends_as_if_undisturbed(toy_set, whole, tmp_path):
+    arguments = options(toy_set, tmp_path, "--resume")
+    for name, number, when in (("fsync", 3, "before"), ("replace", 2, "before"),
+                               ("replace", 6, "after")):
+        done = signalled(arguments, name, number, when)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    resume(toy_set, tmp_path, whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_in_one_line_and_130(toy_set, whole, tmp_path, signum):
+    """In the first write of a checkpoint: the second attempt, on the way out, is the one kept."""
+    stopped = signalled(options(toy_set, tmp_path), "fsync", 2, "before", signum)
+    assert stopped.returncode == 130
+    one_line(stopped.stderr, "stopped")
+    assert "unary: saved after iteration 2; --resume goes on" in stopped.stdout
+    assert checkpoints.read(tmp_path / "unary.npz")[1]["iteration"] == 2
+    resume(toy_set, tmp_path, whole)
+
+
+def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch, capsys):
+    real = run_voc.training.checked_step
+
+    def step(model, optimiser, batch, seed, iteration, *more):
+        if iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(model, optimiser, batch, seed, iteration, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_voc.training, "checked_step", step)
+        assert run_voc.main(options(toy_set, tmp_path)) == 130
+    assert "unary: saved after iteration 3" in capsys.readouterr().out
+    assert len(logs.read_log(tmp_path / "log.csv")) == 3
+    resume(toy_set, tmp_path, whole)
+
+
+@pytest.mark.parametrize("folder, name, iteration", [
+    ("SegmentationClass", "val_0001.png", 2), ("JPEGImages", "train_0001.jpg", 1)])
+def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path, monkeypatch,
+                                                        capsys, folder, name, iteration):
+    """Of the validation list when it comes to the first evaluation; of the training list later."""
+    real = run_voc.training.checked_step
+    root, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(toy_set, root)
+    picture = root / folder / name
+    kept = picture.read_bytes()
+
+    def step(*arguments):
+        picture.write_bytes(b"broken")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_voc.training, "checked_step", step)
+        if iteration == 1:                         # pictures are read ahead: no time for that here
+            patch.setattr(run_voc.loading, "ahead", lambda f, arguments, *_: (
+                f(*each) for each in arguments))
+        assert run_voc.main(options(root, out)) == 2
+    one_line(capsys.readouterr().err, name)
+    saved = checkpoints.read(out / "unary.npz")[1]["iteration"]
+    assert saved == len(logs.read_log(out / "log.csv")) >= iteration
+    picture.write_bytes(kept)
+    resume(root, out, whole)
+
+
+def test_a_checkpoint_is_written_every_few_minutes_whatever_evaluate_every_says(
+        toy_set, tmp_path, monkeypatch):
+    assert 60 <= run_voc.SAVE_EVERY <= 600
+    monkeypatch.setattr(run_voc, "SAVE_EVERY", 0)
+    real, written = run_voc.checkpoints.save, []
+
+    def save(path, model, info, optimiser):
+        written.append((os.path.basename(path), info["iteration"]))
+        real(path, model, info, optimiser)
+
+    monkeypatch.setattr(run_voc.checkpoints, "save", save)
+    assert run_voc.main(options(toy_set, tmp_path, "--evaluate-every", "1000")) == 0
+    assert written == [(f"{stage}.npz", i) for stage in ("unary", "joint") for i in (1, 2, 3, 4)]
+
+
+def test_a_run_whose_output_nobody_reads_is_saved(toy_set, whole, tmp_path):
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, PROGRAM, *options(toy_set, tmp_path)],
+                               stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    os.read(reader, 10)
+    os.close(reader)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 2
+    one_line(error, "stopped, as nobody reads its output")
+    resume(toy_set, tmp_path, whole)
+
+
+def limited(size):
+    """No file of this process may become larger: a write fails in the middle, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_run_out_of_space_keeps_the_earlier_checkpoint(toy_set, whole, tmp_path):
+    earlier = (whole / "unary.npz").read_bytes()
+    (tmp_path / "unary.npz").write_bytes(earlier)
+    arguments = options(toy_set, tmp_path, "--resume", "--stage", "unary", "--iterations", "6")
+    failed = run(arguments, preexec_fn=lambda: limited(len(earlier) - 1000))
+    assert failed.returncode == 2
+    one_line(failed.stderr, f"{tmp_path / 'unary.npz'}: could not be written (File too large)")
+    assert (tmp_path / "unary.npz").read_bytes() == earlier
+    assert not list(tmp_path.glob(".minicrf-*"))
+
+
+def test_resuming_from_a_damaged_checkpoint_ends_in_one_line(toy_set, whole, tmp_path):
+    content = bytearray((whole / "unary.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "unary.npz").write_bytes(content)
+    done = run(options(toy_set, tmp_path, "--resume"))
+    assert done.returncode == 2
+    one_line(done.stderr, f"{tmp_path / 'unary.npz'}: not a readable .npz file")
+
+
+def test_of_two_runs_in_one_folder_the_second_says_why_it_stops(toy_set, whole, tmp_path):
+    first = subprocess.Popen([sys.executable, PROGRAM, *options(toy_set, tmp_path)],
+                             stdout=subprocess.PIPE, text=True)
+    first.stdout.readline()                        # it is at work
+    second = run(options(toy_set, tmp_path))
+    assert second.returncode == 2 and second.stdout == ""
+    one_line(second.stderr, f"--out: found another run at work in {tmp_path}; expected another")
+    first.communicate(timeout=300)
+    assert first.returncode == 0
+    assert_as_if_undisturbed(tmp_path, whole)
+
+
+# --- many times ----------------------------------------------------------------------------------
+
+SAVE_EVERY = 0.3                                   # seconds, in these runs
+LONG = ["--evaluate-every", "1000", "--iterations", "12"]
+
+
+def in_child(function, *arguments):
+    """The id of a forked process that runs function(*arguments) and exits with what it returns."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 3
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+            code = function(*arguments)
+        os._exit(code)
+    return child
+
+
+def train(arguments, steps=None, limit=None):
+    """The program, noting when each step was done; limit: bytes of a file."""
+    run_voc.SAVE_EVERY = SAVE_EVERY
+    real = run_voc.training.checked_step
+
+    def step(model, optimiser, batch, seed, iteration, *more):
+        loss = real(model, optimiser, batch, seed, iteration, *more)
+        with open(steps, "a") as file:
+            file.write(json.dumps([len(optimiser.params), iteration, time.monotonic()]) + "\n")
+        return loss
+
+    if steps:
+        run_voc.training.checked_step = step
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limited(limit)
+    return run_voc.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_hundred_interruptions_lose_little_and_change_nothing(toy_set, tmp_path):
+    """Signals, kills, a full disk, a broken validation picture, at random moments of a run."""
+    root, whole = tmp_path / "set", tmp_path / "whole"
+    shutil.copytree(toy_set, root)
+    assert os.waitpid(in_child(train, options(root, whole, *LONG)), 0)[1] == 0
+    size = (whole / "joint.npz").stat().st_size
+    began = time.monotonic()
+    os.waitpid(in_child(train, options(root, tmp_path / "again", *LONG)), 0)
+    duration = time.monotonic() - began
+    rng, picture = np.random.default_rng(0), root / "SegmentationClass" / "val_0001.png"
+    kept, ways = picture.read_bytes(), ["INT", "TERM", "KILL", "full disk", "broken picture"]
+    interrupted = 0
+    for number in range(100):
+        way, out = ways[number % 5], tmp_path / str(number)
+        steps = tmp_path / f"{number}.steps"
+        arguments = options(root, out, *LONG)
+        # a limit that unary.npz, joint.npz or neither keeps
+        limit = int(size * rng.uniform(0.9, 1.0)) if way == "full disk" else None
+        child, at = in_child(train, arguments, steps, limit), time.monotonic()
+        time.sleep(rng.uniform(0, duration))
+        if way == "broken picture":
+            picture.write_bytes(b"broken")
+        elif way != "full disk":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, getattr(signal, f"SIG{way}"))
+        at, code = time.monotonic(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        picture.write_bytes(kept)
+        assert code in {"INT": (0, 130), "TERM": (0, 130), "KILL": (0, -9)}.get(way, (0, 2)), way
+        interrupted += code != 0
+        done = [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []
+        if done and way != "full disk":
+            stage = "unary" if done[-1][0] == done[0][0] else "joint"
+            saved = (checkpoints.read(out / f"{stage}.npz")[1]["iteration"]
+                     if (out / f"{stage}.npz").exists() else 0)
+            lost = [when for params, i, when in done if params == done[-1][0] and i > saved]
+            if way != "KILL":
+                assert not lost, (number, way, lost)
+            assert not lost or at - lost[0] < SAVE_EVERY + 2, (number, way, at - lost[0])
+        assert os.waitpid(in_child(train, [*arguments, "--resume"]), 0)[1] == 0, (number, way)
+        assert_as_if_undisturbed(out, whole)
+        shutil.rmtree(out)
+    assert interrupted > 50
+
+
+@pytest.mark.slow
+def test_two_default_runs_at_the_same_time_twenty_times(tmp_path):
+    command = [sys.executable, PROGRAM, "--iterations", "1", "--batch-size", "2",
+               "--evaluate-images", "1"]
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        both = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        errors = [process.communicate(timeout=300)[1] for process in both]
+        codes = [process.returncode for process in both]
+        if codes != [0, 0]:                        # one after the other is fine, too
+            assert sorted(codes) == [0, 2], errors
+            one_line(errors[codes.index(2)], "--out: found another run at work in runs; expected")
+        runs = folder / "runs"
+        assert {"toy_seed0", "unary.npz", "joint.npz", "table.txt"} <= {*os.listdir(runs)}
+        assert [row["stage"] for row in logs.read_log(runs / "log.csv")] == ["unary"] + ["joint"] * 2
+        assert not list(runs.glob(".minicrf-*"))
