@@ -1,4 +1,4 @@
-"""Marginals of logits: the softmax, or the damped update that cannot swap labels for ever (Sec. 3.1).
+"""Marginals of logits: the softmax, or the damped update, which converges (Sec. 3.1: CCCP).
 
 Legend: N pixels, L labels.
 """

@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 
 class FeatureCRF:
-    """Mean-field inference in a CRF that M kernels of any features connect fully, and its gradients.
+    """Mean field in a CRF that M kernels of any features connect fully, and its gradients.
 
     n_labels: L.
     w: (M,), a weight for each kernel in the units of the scores (Potts), or (M, L, L), symmetric
@@ -150,7 +150,7 @@ class FeatureCRF:
         return self._back_track(dz, state)
 
     def _back_track(self, dz, state):
-        """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, whatever the number of parameters."""
+        """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, however many the parameters."""
         df, dz, c = array_module(dz).zeros_like(dz), dz.copy(), state.c      # (N, L)
         kernels = [KernelGradient(*each) for each in zip(state.kernels, state.W)]
 
@@ -245,7 +245,8 @@ class FeatureCRF:
             with np.errstate(over="ignore"):     # astray: found when the step is checked
                 sigma = np.exp(self.params[name])
             xp = array_module(scores)
-            F = xp.ascontiguousarray(xp.asarray(F).reshape(-1, d).T.astype(scores.dtype))    # (d, N)
+            F = xp.asarray(F).reshape(-1, d).T.astype(scores.dtype)
+            F = xp.ascontiguousarray(F)                                      # (d, N)
             kernels.append(GaussianKernel(F, sigma, self.normalization, self.exclude_self,
                                           self.exact))
         return kernels

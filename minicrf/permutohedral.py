@@ -106,7 +106,7 @@ def _simplices(features):
 
     Coordinates are in units of d+1.  cells: the simplex' corner of remainder 0, whole numbers that
     sum to 0.  ranks: the order of what is left of the feature's coordinates, 0 for the largest; it
-    tells which of the simplices at that corner.  weights: barycentric, of corners of remainder 0..d.
+    tells which of the simplices at that corner.  weights: barycentric, of its d+1 corners.
     Raises ValueError where features are not (N, d) or not finite.
     """
     if features.ndim != 2 or 0 in features.shape:

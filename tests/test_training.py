@@ -3,12 +3,11 @@ import gc
 import subprocess
 import sys
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from minicrf import DenseCRF, arrays, densecrf, training, vgg
+from minicrf import DenseCRF, arrays, training, vgg
 from minicrf.data import loading
 from minicrf.gradcheck import relative_error
 from minicrf.losses import VOID
@@ -217,7 +216,6 @@ def test_a_few_steps_on_changing_sizes_keep_memory_level():
     tracemalloc.start()
     for steps in (8, 8, 24):                       # the first fills what libraries keep
         train_on_changing_sizes(steps, model)
-        train_on_changing_sizes(densecrf.CACHED_KERNELS, model)          # the same ones last
         gc.collect()                               # SciPy's arrays leave cycles
         levels.append(tracemalloc.get_traced_memory()[0])
     peak = tracemalloc.get_traced_memory()[1]
@@ -271,10 +269,10 @@ def test_resident_memory_after_300_iterations_is_that_after_100(tmp_path, kind):
 
 
 def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
-    monkeypatch.setattr(densecrf, "BLOCK", 100)    # so that small pictures use threads at all
+    monkeypatch.setattr(arrays, "BLOCK", 100)      # so that small pictures use threads at all
     data, results = loading.DataSet(toy_set), []
     for threads in (1, 2, 4):
-        monkeypatch.setattr(arrays, "POOL", ThreadPoolExecutor(threads))
+        arrays._new_pool(threads)
         monkeypatch.setattr(arrays, "SMALL", 0 if threads > 1 else 2 ** 60)
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
@@ -283,6 +281,7 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
                   for i in (1, 2, 3)]
         batches.close()
         results.append((losses, {key: p.copy() for key, p in optimiser.params.items()}))
+    arrays._new_pool()
     for losses, params in results[1:]:
         assert losses == results[0][0]
         assert all(np.array_equal(p, results[0][1][key]) for key, p in params.items())
