@@ -3,6 +3,7 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 
 try:
     import fcntl
@@ -61,8 +62,9 @@ def locked(folder):
     except OSError:                                # a file system without locks
         pass
     with file:
-        for left in glob.glob(os.path.join(glob.escape(folder), ".minicrf-*.tmp")):
-            os.remove(left)
+        for place in ("", "panels"):
+            for left in glob.glob(os.path.join(glob.escape(folder), place, ".minicrf-*")):
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
         yield
 
 

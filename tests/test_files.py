@@ -81,13 +81,17 @@ with files.locked(sys.argv[1]):
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
     out = tmp_path / "new" / "out"
+    (out / "panels").mkdir(parents=True)
+    for left in (out, out / "panels"):
+        (left / ".minicrf-left.tmp").write_text("by a run that was killed")
+        (left / ".minicrf-set").mkdir()
     with files.locked(out):
-        (out / ".minicrf-left.tmp").write_text("by a run that was killed")
+        assert not list(out.glob("**/.minicrf-*"))
         command = [sys.executable, "-c", LOCK, out]
         second = subprocess.run(command, capture_output=True, text=True)
         assert f"found another run at work in {out}; expected another folder" in second.stderr
     assert subprocess.run(command).returncode == 0
-    assert os.listdir(out) == ["lock"]
+    assert sorted(os.listdir(out)) == ["lock", "panels"]
 
 
 def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):

@@ -223,6 +223,7 @@ def test_of_two_runs_in_one_folder_the_second_says_why_it_stops(toy_set, whole, 
 
 # --- many times ----------------------------------------------------------------------------------
 
+TIMES = int(os.environ.get("INTERRUPTIONS", 30))
 SAVE_EVERY = 0.3                                   # seconds, in these runs
 LONG = ["--evaluate-every", "1000", "--iterations", "12"]
 
@@ -262,7 +263,7 @@ def train(arguments, steps=None, limit=None):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_hundred_interruptions_lose_little_and_change_nothing(toy_set, tmp_path):
+def test_interruptions_at_random_lose_little_and_change_nothing(toy_set, tmp_path):
     """Signals, kills, a full disk, a broken validation picture, at random moments of a run."""
     root, whole = tmp_path / "set", tmp_path / "whole"
     shutil.copytree(toy_set, root)
@@ -274,7 +275,7 @@ def test_a_hundred_interruptions_lose_little_and_change_nothing(toy_set, tmp_pat
     rng, picture = np.random.default_rng(0), root / "SegmentationClass" / "val_0001.png"
     kept, ways = picture.read_bytes(), ["INT", "TERM", "KILL", "full disk", "broken picture"]
     interrupted = 0
-    for number in range(100):
+    for number in range(TIMES):
         way, out = ways[number % 5], tmp_path / str(number)
         steps = tmp_path / f"{number}.steps"
         arguments = options(root, out, *LONG)
@@ -291,7 +292,8 @@ def test_a_hundred_interruptions_lose_little_and_change_nothing(toy_set, tmp_pat
         picture.write_bytes(kept)
         assert code in {"INT": (0, 130), "TERM": (0, 130), "KILL": (0, -9)}.get(way, (0, 2)), way
         interrupted += code != 0
-        done = [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []
+        done = steps.read_text().splitlines() if steps.exists() else []
+        done = [json.loads(line) for line in done]
         if done and way != "full disk":
             stage = "unary" if done[-1][0] == done[0][0] else "joint"
             saved = (checkpoints.read(out / f"{stage}.npz")[1]["iteration"]
@@ -303,14 +305,14 @@ def test_a_hundred_interruptions_lose_little_and_change_nothing(toy_set, tmp_pat
         assert os.waitpid(in_child(train, [*arguments, "--resume"]), 0)[1] == 0, (number, way)
         assert_as_if_undisturbed(out, whole)
         shutil.rmtree(out)
-    assert interrupted > 50
+    assert interrupted > TIMES / 2
 
 
 @pytest.mark.slow
-def test_two_default_runs_at_the_same_time_twenty_times(tmp_path):
+def test_two_default_runs_at_the_same_time(tmp_path):
     command = [sys.executable, PROGRAM, "--iterations", "1", "--batch-size", "2",
                "--evaluate-images", "1"]
-    for number in range(20):
+    for number in range(TIMES // 5):
         folder = tmp_path / str(number)
         folder.mkdir()
         both = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
