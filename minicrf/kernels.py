@@ -156,10 +156,13 @@ class ExactFilter:
 
     features: (N, d), already divided by sigma.  Computes in float64, returns the features' dtype.
     K is symmetric, its diagonal 1.  Splat and slice do next to nothing; all is in the blur.
+    Raises ValueError where features are not finite.
     """
 
     def __init__(self, features):
         xp = array_module(features)
+        if not bool((abs(features) < np.inf).all()):                         # NaN compares as false
+            raise ValueError("features: found NaN or infinite values, expected finite ones")
         self.dtype = features.dtype
         self.features = features.astype(np.float64)
         self.scale = xp.ones_like(self.features[:, 0])                       # (N,)

@@ -1,0 +1,65 @@
+"""The damped update against its two equations, and its way back against finite differences."""
+import numpy as np
+import pytest
+from test_meanfield import damped_marginals
+
+from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf.losses import softmax
+from minicrf.marginals import marginals, through_marginals
+
+
+def example(n_labels, scale, seed=0):
+    """Logits z and earlier marginals, (20, L)."""
+    rng = np.random.default_rng(seed)
+    return scale * rng.standard_normal((20, n_labels)), softmax(rng.standard_normal((20, n_labels)))
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 21, 150])
+@pytest.mark.parametrize("scale", [0, 1, 100])
+@pytest.mark.parametrize("c", [1e-3, 1, 20])
+def test_both_equations_hold(n_labels, scale, c):
+    z, q_old = example(n_labels, scale)
+    kept = z.copy(), q_old.copy()
+    q = marginals(z, q_old, c)
+    np.testing.assert_allclose(q, damped_marginals(z + c * q_old, c), atol=1e-12)
+    np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-14)
+    with np.errstate(divide="ignore"):
+        shift = z + c * q_old - np.log(q) - c * q                        # lambda, for each label
+    for row, seen in zip(shift, q > 1e-300):
+        assert np.ptp(row[seen]) < 1e-9
+    np.testing.assert_array_equal(z, kept[0])
+    np.testing.assert_array_equal(q_old, kept[1])
+
+
+def test_no_damping_is_the_softmax():
+    z, q_old = example(5, 3)
+    np.testing.assert_array_equal(marginals(z, q_old, 0), softmax(z))
+
+
+@pytest.mark.parametrize("c", [1, 20])
+def test_float32_comes_close(c):
+    z, q_old = example(21, 10)
+    q = marginals(z.astype(np.float32), q_old.astype(np.float32), c)
+    assert q.dtype == np.float32
+    np.testing.assert_allclose(q, marginals(z, q_old, c), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("largest", [1e6, 1e30])
+def test_extreme_and_forbidden_logits(largest, dtype):
+    z = np.array([[largest, 0, -largest], [-np.inf, 0, 0], [-largest] * 3, [-np.inf, -np.inf, 5]])
+    with np.errstate(all="raise", under="ignore"):
+        q = marginals(z.astype(dtype), np.zeros_like(z, dtype), 2.)
+    np.testing.assert_allclose(q, [[1, 0, 0], [0, .5, .5], [1 / 3] * 3, [0, 0, 1]], atol=1e-6)
+    assert (q[np.isinf(z)] == 0).all()
+
+
+@pytest.mark.parametrize("c", [0, 0.5, 20])
+def test_way_back(c):
+    z, q_old = example(4, 2)
+    dq = np.random.default_rng(1).standard_normal(z.shape)
+    found = through_marginals(dq, marginals(z, q_old, c), c)
+    numerical = numerical_gradient(lambda z: (dq * marginals(z, q_old, c)).sum(), z)
+    assert relative_error(found, numerical) < 1e-6
+    numerical = numerical_gradient(lambda q: (dq * marginals(z, q, c)).sum(), q_old)
+    assert relative_error(c * found, numerical) < 1e-6           # z and c q_old go in together

@@ -1,0 +1,425 @@
+"""Sec. 3.1 in full: any features, matrices of compatibility, damped updates, and the way back."""
+import copy
+
+import numpy as np
+import pytest
+from scipy.special import wrightomega, xlogy
+from test_kernels import dense
+
+from minicrf import DenseCRF
+from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf.kernels import compatible
+from minicrf.losses import softmax, softmax_loss
+from minicrf.meanfield import FeatureCRF
+
+L = 3
+POTTS = np.array([0.3, 0.5, 0.4])
+S = np.array([[1., .3, -.2], [.3, .8, .1], [-.2, .1, .5]])       # positive definite
+MATRICES = POTTS[:, None, None] * S                              # (M, L, L)
+NARROW = ([1.5, 2., 1.2], [3., 4., 2., 60., 80.])                # widths of x, y, z; and colours
+
+
+# The reference: dense matrices, no more than Eq. 5 says.
+
+def damped_marginals(z, c):
+    """q (N, L) of log q + c q = z - lambda, sum_l q = 1: lambda by halving an interval."""
+    if c == 0:
+        return softmax(z)
+    low = z.max(axis=1, keepdims=True) - c                       # here some q = 1 or more
+    high = low + c + np.log(z.shape[1])                          # here all q <= 1 / L
+    for _ in range(100):
+        middle = (low + high) / 2
+        q = wrightomega(z - middle + np.log(c)) / c              # v + log v = x, v = c q
+        too_much = q.sum(axis=1, keepdims=True) > 1
+        low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
+    return q
+
+
+def mean_field(f, K, W, T=5, c=0.):
+    """q^0 .. q^T of scores (N, L), kernels (M, N, N) and compatibilities (M, L, L)."""
+    q = [softmax(f)]
+    for _ in range(T):
+        z = f + sum(K_m @ q[-1] @ W_m for K_m, W_m in zip(K, W)) + c * q[-1]
+        q.append(damped_marginals(z, c))
+    return q
+
+
+def free_energy(q, f, K, W):
+    """KL(q || p) less log Z; W (M, L, L)."""
+    return (xlogy(q, q) - q * f).sum() - sum((q * (K_m @ q @ W_m)).sum()
+                                             for K_m, W_m in zip(K, W)) / 2
+
+
+def as_matrices(w, n_labels=L):
+    return w[:, None, None] * np.eye(n_labels) if w.ndim == 1 else w     # (M, L, L)
+
+
+def example(shape=(4, 5), seed=0):
+    """Scores (*S, L), an image (*S, 2), three features of own kinds, labels (N,), one void."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, L, np.prod(shape))
+    labels[0] = 255
+    features = [rng.standard_normal((*shape, d)) for d in (1, 2, 4)]
+    return (rng.standard_normal((*shape, L)), rng.uniform(0, 255, (*shape, 2)), features, labels)
+
+
+def image_crf(D, w, **options):
+    return DenseCRF(L, w=w, sigma_position=NARROW[0][:D], sigma_bilateral=NARROW[1][:D] + [60., 80.],
+                    dimensions=D, **options)
+
+
+def feature_crf(w, **options):
+    return FeatureCRF(L, w=w, sigmas=[[1.], [.8, 1.2], [1.5, 2., 1.8, 1.6]], **options)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "none"])
+@pytest.mark.parametrize("exclude_self", [True, False])
+@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
+@pytest.mark.parametrize("damping", [0, 1.5])
+def test_mean_field_is_equation_5_in_dense_matrices(w, damping, normalization, exclude_self):
+    scores, _, features, _ = example()
+    options = dict(normalization=normalization, exclude_self=exclude_self)
+    crf = feature_crf(w, damping=damping, exact=True, **options)
+    q, f = crf.forward(scores, features), scores.reshape(-1, L)
+    K = [dense(F.reshape(len(f), -1).T, np.exp(crf.params[f"log_sigma_{m}"]), *options.values())
+         for m, F in enumerate(features)]
+    expected = mean_field(f, K, as_matrices(w), crf.iterations, damping)
+    for found, step in zip([*crf.state.steps, crf.state.q], expected, strict=True):
+        np.testing.assert_allclose(found, step, atol=1e-11)
+    np.testing.assert_array_equal(q.reshape(f.shape), crf.state.q)
+    np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
+    crf.exclude_self = True                                              # j != i, always
+    K = [kernel - np.diag(np.diag(kernel)) for kernel in K]
+    np.testing.assert_allclose(crf.free_energy(q, scores, features),
+                               free_energy(expected[-1], f, K, as_matrices(w)))
+
+
+# Gradients
+
+def check_gradients(crf, scores, features, labels, names):
+    """Of Eq. 6 to the scores and to parameters, and of any function of the marginals."""
+    def loss(_=None):
+        crf.forward(scores, features)
+        return softmax_loss(crf.logits.reshape(-1, L), labels)
+
+    found = {"scores": crf.backward_logits(loss()[1]), **copy.deepcopy(crf.grads)}
+    for name, x in {"scores": scores, **{name: crf.params[name] for name in names}}.items():
+        expected = numerical_gradient(lambda _: loss()[0], x)
+        if x.ndim == 3 and name == "w":                          # the symmetric part
+            expected = (expected + expected.swapaxes(1, 2)) / 2
+        assert relative_error(found[name], expected) < 1e-6, name
+    dq = np.random.default_rng(1).standard_normal(scores.shape)
+    crf.forward(scores, features)
+    assert relative_error(crf.backward(dq), numerical_gradient(
+        lambda _: (dq * crf.forward(scores, features)).sum(), scores)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 3)], ids=["1-D", "2-D", "3-D"])
+@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
+@pytest.mark.parametrize("damping", [0, 1.5])
+def test_exact_gradients_of_an_image(shape, w, damping):
+    scores, image, _, labels = example(shape)
+    crf = image_crf(len(shape), w[:2], damping=damping, exact=True)
+    check_gradients(crf, scores, image, labels, crf.params)
+
+
+@pytest.mark.parametrize("normalization", ["symmetric", "none"])
+@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
+@pytest.mark.parametrize("damping", [0, 1.5])
+def test_exact_gradients_of_three_kernels_of_own_features(w, damping, normalization):
+    scores, _, features, labels = example((12,))
+    # unnormalised messages add up over all pixels: small weights, or nothing is left to differ
+    crf = feature_crf(w if normalization == "symmetric" else w / 4, damping=damping, exact=True,
+                      normalization=normalization)
+    check_gradients(crf, scores, features, labels, crf.params)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 3)], ids=["1-D", "2-D", "3-D"])
+@pytest.mark.parametrize("damping", [0, 1.5])
+def test_lattice_gradients_of_scores_and_matrices(shape, damping):
+    scores, image, _, labels = example(shape)
+    check_gradients(image_crf(len(shape), MATRICES[:2], damping=damping), scores, image, labels,
+                    ["w"])
+
+
+def back_and_forth(crf, scores, features, labels):
+    """Marginals, gradient of the scores, and of the parameters, from Eq. 6."""
+    q = crf.forward(scores, features)
+    df = crf.backward_logits(softmax_loss(crf.logits.reshape(-1, L), labels)[1])
+    return q, df, crf.grads
+
+
+@pytest.mark.parametrize("damping", [0, 1.5])
+@pytest.mark.parametrize("exact", [True, False])
+def test_matrices_w_times_identity_are_potts(exact, damping):
+    scores, _, features, labels = example()
+    potts, matrices = (back_and_forth(feature_crf(w, exact=exact, damping=damping), scores,
+                                      features, labels) for w in (POTTS, as_matrices(POTTS)))
+    for a, b in zip(potts[:2], matrices[:2]):
+        np.testing.assert_allclose(a, b, atol=1e-14)
+    traces = np.trace(matrices[2].pop("w"), axis1=1, axis2=2)
+    np.testing.assert_allclose(potts[2].pop("w"), traces, rtol=1e-11)
+    for name, gradient in potts[2].items():
+        np.testing.assert_allclose(gradient, matrices[2][name], rtol=1e-11)
+
+
+def test_no_damping_is_the_plain_update_to_the_bit_and_little_damping_close_to_it():
+    scores, _, features, labels = example()
+    crf = feature_crf(POTTS, damping=0.)
+    plain = back_and_forth(crf, scores, features, labels)
+    f, everything = scores.reshape(-1, L), slice(0, 20)
+    q = softmax(f)
+    for _ in range(crf.iterations):
+        z = f.copy()
+        for kernel, w in zip(crf.state.kernels, POTTS):
+            z += kernel.gather(compatible(kernel.spread(q), w), compatible(q, w), everything)
+        q = softmax(z)
+    np.testing.assert_array_equal(crf.state.q, q)
+    np.testing.assert_array_equal(crf.logits.reshape(f.shape), z)
+    damped = back_and_forth(feature_crf(POTTS, damping=1e-9), scores, features, labels)
+    for a, b in zip((*plain[:2], *plain[2].values()), (*damped[:2], *damped[2].values())):
+        np.testing.assert_allclose(a, b, atol=1e-8)
+
+
+def test_a_gradient_of_integers_is_taken_as_it_is():
+    scores, _, features, _ = example()
+    dz = np.random.default_rng(0).integers(-3, 4, scores.shape)
+    crf = feature_crf(POTTS)
+    crf.forward(scores, features)
+    for back in (crf.backward, crf.backward_logits):
+        np.testing.assert_array_equal(back(dz), back(dz.astype(float)))
+
+
+def test_gradients_of_another_shape_are_refused():
+    scores, _, features, _ = example()
+    crf = feature_crf(POTTS)
+    q = crf.forward(scores, features)                                    # (4, 5, 3)
+    for back, name in ((crf.backward, "dq"), (crf.backward_logits, "dz")):
+        np.testing.assert_array_equal(back(q), back(q.reshape(20, 3)))
+        for wrong in (q.swapaxes(0, 1), q.reshape(5, 12), q.ravel(), q.reshape(3, 20), q[:1]):
+            with pytest.raises(ValueError, match=f"{name}: found shape .*, expected "):
+                back(wrong)
+        with pytest.raises(TypeError, match=f"{name}: found builtins.list, expected a NumPy"):
+            back(q.tolist())
+
+
+# States
+
+def test_two_forward_passes_before_one_way_back_each_with_its_own_state():
+    samples = [example(shape, seed) for shape, seed in (((4, 5), 0), ((3, 6), 1))]
+    crf, states, alone = feature_crf(MATRICES, damping=1.), [], []
+    for scores, _, features, _ in samples:
+        q = crf.forward(scores, features)
+        alone.append((crf.backward_logits(q), crf.backward(q), copy.deepcopy(crf.grads)))
+        for gradient in crf.grads.values():
+            gradient[...] = 0
+    for scores, _, features, _ in samples:
+        q = crf.forward(scores, features)
+        states.append((q, crf.state))
+    crf.params["w"] *= 2                                                 # states keep their own
+    crf.damping, crf.iterations = 0., 1
+    for (q, state), (dz_back, dq_back, grads) in zip(states, alone):
+        np.testing.assert_array_equal(crf.backward_logits(q, state), dz_back)
+        np.testing.assert_array_equal(crf.backward(q, state), dq_back)
+        for name, gradient in crf.grads.items():
+            np.testing.assert_array_equal(gradient, grads[name])
+            gradient[...] = 0
+    np.testing.assert_array_equal(crf.backward(states[1][0]), alone[1][1])     # None: the last
+
+
+def test_inference_in_between_leaves_the_state():
+    scores, _, features, _ = example()
+    crf = feature_crf(POTTS)
+    q = crf.forward(scores, features)
+    kept = crf.state
+    crf.forward(2 * scores, features, train=False)
+    assert crf.state is kept
+    np.testing.assert_array_equal(softmax(crf.logits), q)
+
+
+def test_a_shallow_copy_keeps_a_state_of_its_own():
+    """By which images are worked on side by side."""
+    scores, _, features, _ = example()
+    crf = feature_crf(POTTS)
+    other = copy.copy(crf)
+    other.forward(scores, features)
+    assert crf.state is None and other.params is crf.params
+
+
+# Convergence
+
+def two_pixels(**options):
+    """Equal pixels that each take the other's label, for ever."""
+    crf = FeatureCRF(2, w=[6.], sigmas=[[1.]], normalization="none", exact=True, iterations=30,
+                     **options)
+    scores, features = np.array([[1., 0.], [0., 1.2]]), [np.zeros((2, 1))]
+    q = crf.forward(scores, features)
+    steps = [*crf.state.steps, q]
+    return crf.descent_damping(scores, features), np.array(steps), np.array(
+        [crf.free_energy(step, scores, features) for step in steps])
+
+
+def test_two_pixels_swap_labels_for_ever_unless_damped():
+    c, steps, energies = two_pixels()
+    labels = steps.argmax(axis=2)                                        # (T+1, 2)
+    assert (labels[:, 0] != labels[:, 1]).all() and (labels[1:] != labels[:-1]).all()
+    np.testing.assert_allclose(energies[-4:], [-0.19, -2.22, -0.19, -2.22], atol=0.01)
+    assert c == 6
+    _, steps, energies = two_pixels(damping=c)
+    assert (np.diff(energies) <= 1e-12).all() and energies[-1] < -6
+    assert abs(steps[-1] - steps[-2]).max() < 1e-6
+    assert steps[-1].argmax(axis=1).tolist() == [1, 1]                   # 1.2 is more than 1
+
+
+def random_model(rng, kind):
+    """A CRF of one or two kernels, its scores and features."""
+    n, n_labels, M = rng.integers(2, 30), rng.integers(2, 5), rng.integers(1, 3)
+    d = rng.integers(1, 4, M)
+    features = [rng.uniform(.1, 3) * rng.standard_normal((n, d_m)) for d_m in d]
+    A = 2 * rng.standard_normal((M, n_labels, n_labels))
+    w = {"Potts": rng.uniform(0, 12, M), "negative": rng.uniform(-12, 0, M),
+         "matrices": A @ A.swapaxes(1, 2), "indefinite": A + A.swapaxes(1, 2)}[kind]
+    crf = FeatureCRF(n_labels, w=w, sigmas=[[1.] * d_m for d_m in d], iterations=30, exact=True,
+                     normalization=rng.choice(["symmetric", "none"]))
+    return crf, 2 * rng.standard_normal((n, n_labels)), features
+
+
+def largest_rise(crf, scores, features):
+    """Of the free energy, from any step to the next."""
+    crf.forward(scores, features)
+    K = [kernel.filter(np.eye(len(scores))) for kernel in crf.state.kernels]
+    energies = [free_energy(q, scores, K, as_matrices(crf.params["w"], crf.n_labels))
+                for q in (*crf.state.steps, crf.state.q)]
+    return np.diff(energies).max()
+
+
+@pytest.mark.parametrize("kind, models", [("Potts", 200), ("matrices", 200), ("negative", 50),
+                                          ("indefinite", 50)])
+def test_the_free_energy_of_random_models_never_rises_with_descent_damping(kind, models):
+    rng = np.random.default_rng(0)
+    undamped, damped = [], []
+    for _ in range(models):
+        crf, scores, features = random_model(rng, kind)
+        undamped.append(largest_rise(crf, scores, features))
+        crf.damping = crf.descent_damping(scores, features)
+        damped.append(largest_rise(crf, scores, features))
+    assert max(damped) <= 1e-9
+    assert max(undamped) > 1                             # so it is the damping that does it
+
+
+@pytest.mark.parametrize("w, largest", [(POTTS, POTTS), (MATRICES, POTTS * np.linalg.eigvalsh(S)[-1])])
+def test_descent_damping_is_the_sum_of_what_the_diagonals_left_out(w, largest):
+    scores, _, features, _ = example()
+    crf = feature_crf(w, exact=True)
+    n = [dense(F.reshape(20, -1).T, np.exp(crf.params[f"log_sigma_{m}"]), "none", False).sum(axis=1)
+         for m, F in enumerate(features)]
+    np.testing.assert_allclose(crf.descent_damping(scores, features),
+                               max(sum(x / n_m for x, n_m in zip(largest, n))))
+    crf.exclude_self = False                             # nothing left out
+    assert crf.descent_damping(scores, features) == 0
+
+
+def test_project_goes_to_the_nearest_weights_in_range():
+    crf = feature_crf([-1., 0., 2.])
+    crf.project()
+    assert crf.params["w"].tolist() == [0, 0, 2]
+    crf = feature_crf(MATRICES)
+    crf.project()
+    np.testing.assert_allclose(crf.params["w"], MATRICES, atol=1e-15)    # in range already
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((3, L, L)))[0]
+    crf.params["w"][...] = axes * [-2., 1., 3.] @ axes.swapaxes(1, 2)
+    crf.params["w"][0, 0, 1] += 0.5                                      # rounding, exaggerated
+    crf.params["w"][0, 1, 0] -= 0.5
+    crf.project()
+    np.testing.assert_allclose(crf.params["w"], axes * [0., 1., 3.] @ axes.swapaxes(1, 2),
+                               atol=1e-12)
+
+
+# Options and input
+
+def test_attributes_that_do_nothing_cannot_be_set():
+    for crf in (feature_crf(POTTS), image_crf(2, POTTS[:2])):
+        for name in ("w", "sigma_position", "sigmas", "damp", "n_iterations"):
+            with pytest.raises(AttributeError):
+                setattr(crf, name, 1.)
+        crf.iterations, crf.damping = 3, 1.                              # these do something
+
+
+def test_repr_shows_what_was_given():
+    crf = FeatureCRF(4, w=(1., 2.5), sigmas={"age": [3.], "place": (7, 9)}, damping=1.5)
+    assert repr(crf) == (
+        "FeatureCRF(4, w=[1.0, 2.5], sigma_age=[3.0], sigma_place=[7.0, 9.0], iterations=5, "
+        "normalization='symmetric', exclude_self=True, damping=1.5, exact=False)")
+
+
+def test_sigmas_have_names_or_numbers():
+    names = [FeatureCRF(2, w=[1., 1.], sigmas=sigmas).params.keys()
+             for sigmas in ([[1.], [2., 3.]], {"a": [1.], "b": [2., 3.]})]
+    assert [*names[0]] == ["w", "log_sigma_0", "log_sigma_1"]
+    assert [*names[1]] == ["w", "log_sigma_a", "log_sigma_b"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(w=[1., 2.]), r"w: found \[1.0, 2.0\], expected a finite number for each kernel, \(1,\)"),
+    (dict(w=[np.nan]), "w: found"),
+    (dict(w=np.ones((1, 3, 3))), r"w: found .* symmetric matrices, \(1, 2, 2\)"),
+    (dict(w=[[[1., 2.], [3., 1.]]]), "w: found .* symmetric matrices"),
+    (dict(sigmas=[]), "found 0 kernels"),
+    (dict(sigmas=[[]]), r"sigma_0: found \[\], expected positive widths"),
+    (dict(sigmas=[[1., -1.]]), "sigma_0: found"),
+    (dict(sigmas={"age": [0.]}), "sigma_age: found"),
+    (dict(damping=-1.), "damping -1"),
+    (dict(damping=np.nan), "damping nan"),
+    (dict(iterations=-1), "iterations -1"),
+])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        FeatureCRF(2, **{"w": [1.], "sigmas": [[1.]], **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spoil, error, message", [
+    (lambda s, F: (s, F[:2]), ValueError, "features: found 2 arrays, expected 3"),
+    (lambda s, F: (s, [*F[:2], F[2][:, :, :3]]), ValueError,
+     r"features: found shape \(4, 5, 3\), expected \(4, 5, 4\)"),
+    (lambda s, F: (s, [F[0][:3], *F[1:]]), ValueError, r"features: found shape \(3, 5, 1\)"),
+    (lambda s, F: (s, [F[0] * np.nan, *F[1:]]), ValueError, "features: found (magnitude nan|NaN)"),
+    (lambda s, F: (s, [F[0].tolist(), *F[1:]]), TypeError, "features: found builtins.list"),
+    (lambda s, F: (s.tolist(), F), TypeError, "scores: found builtins.list, expected a NumPy"),
+    (lambda s, F: (memoryview(s), F), TypeError, "scores: found builtins.memoryview"),
+    (lambda s, F: (s.astype(">f4"), F), ValueError, "scores: found 60 of >f4"),
+    (lambda s, F: (s.astype(np.float16), F), ValueError, "scores: found 60 of <f2"),
+    (lambda s, F: (s[..., :2], F), ValueError, r"scores: found shape \(4, 5, 2\)"),
+])
+@pytest.mark.parametrize("exact", [True, False])
+def test_bad_input_is_refused_in_one_line(spoil, error, message, exact):
+    scores, _, features, _ = example()
+    with pytest.raises(error, match=message) as raised:
+        feature_crf(POTTS, exact=exact).forward(*spoil(scores, features))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("damping", [0, 1.])
+@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
+def test_weights_beyond_float32_are_refused(w, damping):
+    scores, _, features, _ = example()
+    crf = feature_crf(1e39 * w, damping=damping)
+    with pytest.raises(ValueError, match="w: found .*, too large for marginals in float32"):
+        crf.forward(scores.astype(np.float32), features)
+    assert crf.state is None
+
+
+def test_an_image_is_three_lines_of_features():
+    scores, image, _, labels = example()
+    y, x = np.mgrid[:4, :5]
+    position = np.stack([x, y], axis=2)
+    features = [position, np.concatenate([position, image], axis=2)]
+    by_features = FeatureCRF(L, w=POTTS[:2], sigmas=[NARROW[0][:2], NARROW[1][:2] + [60., 80.]])
+    found = back_and_forth(by_features, scores, features, labels)
+    expected = back_and_forth(image_crf(2, POTTS[:2]), scores, image, labels)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    for a, b in zip(found[2].values(), expected[2].values(), strict=True):
+        np.testing.assert_array_equal(a, b)
