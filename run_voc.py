@@ -12,22 +12,24 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from minicrf import DenseCRF, training, vgg
+from minicrf import DenseCRF, LocalCRF, training, vgg
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 from minicrf.data import loading, toy, voc, weights
 from minicrf.files import locked
 from minicrf.program import WEIGHT, WIDTH, Parser, number, run_program, undisturbed
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
-# Paper silent on iterations: as many as a laptop bears on the toy set, as DeepLab's on VOC.  What a
-# pixel hears from all others makes its marginals steeper in the scores: joint training bears a
+# The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.  What
+# a pixel hears from all others makes its marginals steeper in the scores: joint training bears a
 # fraction of the unary rate, and starts at weights under those that are best with nothing learned.
-TOY = dict(net="tiny", iterations={"unary": 500, "piecewise": 40, "joint": 40}, batch_size=16,
-           rate={"unary": 2.0, "piecewise": 0.05, "joint": 0.05},
-           evaluate_every={"unary": 50, "piecewise": 10, "joint": 10})
-VOC = dict(net="vgg16", iterations={"unary": 6000, "piecewise": 500, "joint": 2000}, batch_size=20,
-           rate={"unary": 1.0, "piecewise": 0.1, "joint": 0.1},
-           evaluate_every={"unary": 200, "piecewise": 50, "joint": 200})
+def by_stage(unary, joint, piecewise):
+    return {"unary": unary, "local": joint, "piecewise": piecewise, "joint": joint}
+
+
+TOY = dict(net="tiny", batch_size=16, iterations=by_stage(500, 40, 40),
+           rate=by_stage(2.0, 0.05, 0.05), evaluate_every=by_stage(50, 10, 10))
+VOC = dict(net="vgg16", batch_size=20, iterations=by_stage(6000, 2000, 500),
+           rate=by_stage(1.0, 0.1, 0.1), evaluate_every=by_stage(200, 200, 50))
 SAVE_EVERY = 300                                         # seconds, at most, between checkpoints
 
 COUNT = number("a whole number from 1 to 1e9", lambda x: 0 < x <= 1e9, int)
@@ -73,10 +75,11 @@ def build_parser():
 
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", choices=(*training.STAGES, "eval", "predict"), help="unary: train the network "
-        "alone; joint: network and CRF, from the unary checkpoint; piecewise: the CRF alone; eval: "
-        "one table of what was trained; predict: label photographs (default: unary, then joint)")
+        "alone; joint: network and CRF, from the unary checkpoint; local: network and local factors, "
+        "likewise; piecewise: the CRF alone; eval: one table of what was trained; predict: label "
+        "photographs (default: unary, then joint)")
     add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights (.npz, .mat, "
-        ".safetensors) or a checkpoint to train further (default: none); piecewise, joint: the "
+        ".safetensors) or a checkpoint to train further (default: none); other stages: the "
         "checkpoint to start from (default: OUT/unary.npz); eval: the one to measure (default: all "
         "in OUT); predict: the one to use (default: the last stage in OUT)")
     add("--net", choices=vgg.PRESETS, help="vgg16: the paper's; largefov: takes less memory; "
@@ -111,6 +114,8 @@ def build_parser():
     add = parser.add_argument_group("where the CRF starts").add_argument
     add("--w", type=WEIGHT, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
         help="kernel weights (default: 1 4, under those that are best with nothing learned)")
+    add("--compatibility", choices=("potts", "matrix"), default="potts",
+        help="matrix: learn which labels go together, from the weight times I (default: potts)")
     add("--sigma-position", type=WIDTH, default=3, metavar="PIXELS",
         help="width of the kernel of position (default: 3)")
     add("--sigma-bilateral", type=WIDTH, nargs=2, default=(80, 13), metavar=("PIXELS", "COLOUR"),
@@ -171,11 +176,16 @@ def check_options(args):
                          "expected another --out, or --resume to go on")
 
 
-def start_crf(args, n_classes):
+def start_crf(args, n_classes, stage):
     """The CRF as it is before it has learned anything: the options of its group."""
+    if stage == "local":
+        return LocalCRF(n_classes)
     spatial, colour = args.sigma_bilateral
-    return DenseCRF(n_classes, w=args.w, sigma_position=(args.sigma_position,) * 2,
-                    sigma_bilateral=(spatial,) * 2 + (colour,) * 3)
+    w = np.array(args.w, float)
+    if args.compatibility == "matrix":
+        w = w[:, None, None] * np.eye(n_classes)
+    return DenseCRF(n_classes, w=w, sigma_position=args.sigma_position,
+                    sigma_bilateral=(spatial, colour))
 
 
 def start_model(args, data, start, stage, device):
@@ -186,7 +196,7 @@ def start_model(args, data, start, stage, device):
                                     "unary stage; run --stage unary first, or name one with "
                                     "--weights")
         model, _, _ = checkpoints.load_model(start, data.classes, device)
-        model.crf = start_crf(args, len(data.classes))
+        model.crf = start_crf(args, len(data.classes), stage)
         return model, []
     net = vgg.build(args.net, len(data.classes), seed=args.seed)
     every = [name for name in net.layers if f"{name}_w" in net.params]
@@ -218,7 +228,7 @@ def begin(args, data, stage, device):
                 "image lists (their checksum)": zlib.crc32(lists)}
     settings |= ({"net": args.net} if stage == "unary" else
                  {name: np.ravel(getattr(args, name)).tolist()
-                  for name in ("w", "sigma_position", "sigma_bilateral")})
+                  for name in ("w", "sigma_position", "sigma_bilateral", "compatibility")})
     if start and os.path.isfile(start):
         with open(start, "rb") as file:
             settings["checkpoint to start from (its checksum)"] = zlib.crc32(file.read())
@@ -309,7 +319,7 @@ def measure_checkpoints(args, data, device):
             raise ValueError(f"{path}: found a checkpoint of stage {stage}, whose results would "
                              f"replace those of another in {args.out}; expected another --out")
         if model.crf is None:
-            model.crf = start_crf(args, len(data.classes))
+            model.crf = start_crf(args, len(data.classes), stage)
         reports.measure(args.out, data, stage, model, args.train_list)
     return there, stage
 

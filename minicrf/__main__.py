@@ -160,9 +160,12 @@ def build_crf(args, n_labels):
             raise ValueError(f"--parameters: found --{next(iter(options)).replace('_', '-')} as "
                              "well, expected one or the other")
         learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
-        if learned is None:
+        if not isinstance(learned, DenseCRF):
             raise ValueError(f"{args.parameters}: found a network without CRF, expected a "
                              "checkpoint of the joint or the piecewise stage")
+        if learned.params["w"].ndim == 3 and learned.n_labels != n_labels:
+            raise ValueError(f"{args.parameters}: found compatibilities of {learned.n_labels} "
+                             f"labels, expected {n_labels} as in the scores")
         crf.params = learned.params
     return crf
 

@@ -44,11 +44,12 @@ class LocalCRF:
         self.sigma_contrast, self.rho = float(sigma_contrast), float(rho)
         self.params, self.grads = {"w": w}, {"w": np.zeros_like(w)}
 
-    def forward(self, scores, image):
+    def forward(self, scores, image, train=True):
         """Marginals b (H, W, L) of scores f (H, W, L) on an image (H, W, C): Fig. 2, step 2.
 
         scores: float32 or float64, larger is likelier; -inf forbids a label.
         image: uint8 or float, finite.
+        train: keep what loss and backward need.
         Raises ValueError for NaN or +inf, a pixel with every label forbidden, or shapes that
         disagree.  Neither array is written to.
         """
@@ -60,8 +61,9 @@ class LocalCRF:
         for lines in colour, colour.transpose(1, 0, 2):                      # (S, P, C)
             squares = ((lines[1:] - lines[:-1]) ** 2).sum(axis=2)[:, None]   # (S-1, 1, P)
             self._contrasts.append(xp.exp(squares / (-2 * self.sigma_contrast ** 2)))
-        self._b, self._same, self.log_partition, self.residual = self._infer(scores)
-        return self._b
+        b, same, self.log_partition, self.residual = self._infer(scores)
+        self._b, self._same = (b, same) if train else (None, None)
+        return b
 
     def _infer(self, f):
         """b (H, W, L); P(y_i = y_j) of edges down and to the right (S-1, 1, P); log Z; residual."""

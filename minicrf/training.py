@@ -1,7 +1,8 @@
 """Training network and CRF together: Fig. 3, one step at a time, at the rates of Sec. 4.1.
 
 Stage `unary` trains the network on its own scores; `joint` trains network and CRF on the marginals
-of the last mean-field step; `piecewise` trains the CRF alone, the network frozen.
+of the last mean-field step; `piecewise` trains the CRF alone, the network frozen; `local` trains
+the network and local factors, the system before (Fig. 2).
 Legend: B images in a batch, L labels, h x w score cells, H x W original pixels, S input side.
 """
 import copy
@@ -21,7 +22,7 @@ from .vgg import seed_dropout
 # square of its input's: a network that starts from scratch gets pixels over PIXEL_SCALE.
 # ImageNet's has scale 1.
 PIXEL_SCALE = 60
-STAGES = ("unary", "piecewise", "joint")
+STAGES = ("unary", "local", "piecewise", "joint")
 
 
 class Model:
@@ -153,7 +154,7 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
     """Momentum SGD with the paper's rates for a stage.
 
     rate_top: fc8 and the layers named in `fresh`; rate_loaded: all others (both of the paper).
-    stage: "unary" (the network), "piecewise" (the CRF) or "joint" (both).
+    stage: "unary" (the network), "piecewise" (the CRF), "joint" or "local" (both).
     rate_w, rate_sigma: the CRF's weights and log sigmas (paper silent: chosen by trial).
     Biases and CRF parameters do not decay.  rate multiplies all.
     """

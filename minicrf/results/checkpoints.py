@@ -12,8 +12,9 @@ from .. import __version__, vgg
 from ..arrays import array_module, to_host
 from ..data import weights
 from ..densecrf import DenseCRF
-from ..meanfield import LARGEST_LOG_SIGMA
 from ..files import replacing
+from ..localcrf import LocalCRF
+from ..meanfield import LARGEST_LOG_SIGMA
 from ..training import STAGES, Model
 
 INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
@@ -79,13 +80,16 @@ def load_model(path, classes=None, device="cpu"):
 
 
 def load_crf(path, arrays, info):
-    """The DenseCRF of a checkpoint, or None where it was left by the unary stage.
+    """The CRF of a checkpoint, a DenseCRF or a LocalCRF; None where the unary stage left it.
 
     Raises ValueError where one of its parameters is missing, has another shape or is too large.
     """
     if info["stage"] == "unary":
         return None
-    crf = DenseCRF(len(info["classes"]))
+    L = len(info["classes"])
+    matrices = arrays["crf_w"].ndim == 3
+    crf = (LocalCRF(L) if info["stage"] == "local" else
+           DenseCRF(L, w=np.zeros((2, L, L)) if matrices else (0, 0)))
     copy(path, arrays, crf.params, "crf_")
     for key, p in crf.params.items():
         largest = 1e6 if key == "w" else LARGEST_LOG_SIGMA

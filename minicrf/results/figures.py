@@ -70,6 +70,27 @@ def panel(path, rows, names, title, width=260):
     pictures.save_png(path, canvas)
 
 
+def compatibility(path, matrices, names, cell=26):
+    """Matrices of compatibility (M, L, L), side by side: blue rewards, orange penalises."""
+    M, L, _ = matrices.shape
+    left = 20 + round(max(font(15).getlength(name) for name in names))
+    canvas = Image.new("RGB", (left + M * (L * cell + 20), 60 + L * cell), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    largest = abs(matrices).max() or 1
+    for m, W in enumerate(matrices):
+        start = left + m * (L * cell + 20)
+        draw.text((start, 8), f"kernel {m + 1} of {M}, full colour {largest:.3g}", INK, font(15))
+        for i, j in np.ndindex(L, L):
+            share = abs(W[i, j]) / largest
+            tone = np.array(BLUE if W[i, j] > 0 else ORANGE) * share + np.array(PAPER) * (1 - share)
+            at = start + j * cell, 40 + i * cell
+            draw.rectangle([*at, at[0] + cell - 2, at[1] + cell - 2],
+                           tuple(tone.astype(int).tolist()))
+            if m == 0 and j == 0:
+                draw.text((left - 8, at[1] + cell / 2), names[i], INK, font(15), "rm")
+    pictures.save_png(path, canvas)
+
+
 def _legend(draw, left, top, shown, names):
     """One line: swatch and name of each class in the label pictures `shown`, largest first."""
     counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]))

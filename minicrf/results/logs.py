@@ -26,7 +26,8 @@ class Log:
         """An iteration's row.  values: of COLUMNS; crf: one whose parameters are noted as well."""
         row = dict.fromkeys(COLUMNS, "") | {"stage": self.stage, "iteration": iteration} | values
         for key, p in (crf.params if crf else {}).items():
-            row |= {f"{key}_{i}": float(value) for i, value in enumerate(p.ravel())}
+            p = p if p.ndim == 1 else p.diagonal(0, 1, 2).mean(axis=1)       # of matrices (M, L, L)
+            row |= {f"{key}_{i}": float(value) for i, value in enumerate(p)}
         self.rows.append(row)
 
     def waiting(self, iteration):

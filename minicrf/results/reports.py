@@ -33,10 +33,16 @@ def measure(out, data, stage, model, train_list=False):
 
     if stage != "unary":
         print(f"{stage}: the CRF's parameters")
-        print("  w:", ", ".join(f"{x:.3f}" for x in model.crf.params["w"]))
-        for kernel in ("position", "bilateral"):
-            sigmas = np.exp(model.crf.params[f"log_sigma_{kernel}"])
-            print(f"  sigma_{kernel}:", ", ".join(f"{x:.2f}" for x in sigmas))
+        for key, p in model.crf.params.items():
+            if p.ndim == 3:
+                name = f"{stage}_compatibility.png"
+                figures.compatibility(os.path.join(out, name), p, data.classes)
+                print(f"  w: matrices, in {name}; on their diagonals", "; ".join(
+                    f"{W.diagonal().min():.3f} to {W.diagonal().max():.3f}" for W in p))
+            elif key == "w":
+                print("  w:", ", ".join(f"{x:.3f}" for x in p))
+            else:
+                print(f"  {key[4:]}:", ", ".join(f"{x:.2f}" for x in np.exp(p)))
     arrays = {"ids": data.val, "classes": data.classes, **counts(data.val, "validation")}
     if train_list:
         arrays |= {f"train_{method}": each.sum(axis=0)                   # (L, L)
