@@ -16,7 +16,8 @@ from minicrf import DenseCRF, LocalCRF, training, vgg
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 from minicrf.data import loading, toy, voc, weights
 from minicrf.files import locked
-from minicrf.program import WEIGHT, WIDTH, Parser, number, run_program, undisturbed
+from minicrf.program import (WEIGHT, WIDTH, Parser, number, path, run_program,
+                             undisturbed)
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
 # The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.  What
@@ -37,13 +38,6 @@ FROM_0 = number("a number, 0 or more", lambda x: x >= 0)
 SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 SEED = number("a whole number from 0 to 1e9", lambda x: 0 <= x <= 1e9, int)
 PREDICTS = {"stage", "weights", "image", "out", "device", "tf32"}        # what predict uses
-
-
-def path(text):
-    """An argparse type for names of files and folders."""
-    if not text:
-        raise argparse.ArgumentTypeError("found an empty name, expected a file or folder")
-    return text
 
 
 def default(name):

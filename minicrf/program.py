@@ -28,6 +28,13 @@ def number(expected, accept, kind=float):
     return parse
 
 
+def path(text):
+    """An argparse type for names of files and folders."""
+    if not text:
+        raise argparse.ArgumentTypeError("found an empty name, expected a file or folder")
+    return text
+
+
 WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)           # of a kernel
 WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
 
