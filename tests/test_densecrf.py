@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 from test_kernels import dense
+from test_meanfield import as_matrices, mean_field
 
-from minicrf import arrays, plain
+from minicrf import arrays
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.losses import softmax, softmax_loss
@@ -12,6 +13,7 @@ from test_kernels import dense
 
 H, W, L = 4, 5, 3
 SIGMAS = dict(sigma_position=(1.5, 2.), sigma_bilateral=(3., 4., 60., 80., 100.))
+MATRICES = np.array([2., 5.])[:, None, None] * [[1., .3, -.2], [.3, .8, .1], [-.2, .1, .5]]
 OPTIONS = [dict(normalization=normalization, exclude_self=exclude_self)
            for normalization in ("symmetric", "none") for exclude_self in (True, False)]
 
@@ -36,11 +38,10 @@ def dense_kernels(crf, image):
                   crf.exclude_self) for name in crf.params if name != "w"]
 
 
-def mean_field(crf, scores, kernels):
-    """Eq. 5 with Potts, in no more than matrix products."""
-    W = crf.params["w"][:, None, None] * np.eye(crf.n_labels)
-    u, _ = plain.mean_field(scores.reshape(-1, crf.n_labels), np.stack(kernels), W, crf.iterations)
-    return np.exp(u).reshape(scores.shape)
+def inference(crf, scores, kernels):
+    """Marginals (*S, L) by Eq. 5 in dense matrices."""
+    f, W = scores.reshape(-1, crf.n_labels), as_matrices(crf.params["w"], crf.n_labels)
+    return mean_field(f, kernels, W, crf.iterations, crf.damping)[-1].reshape(scores.shape)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -48,7 +49,7 @@ def test_exact_inference_is_equation_5(options):
     scores, image, _ = example()
     crf = DenseCRF(L, w=(0.5, 1.), exact=True, **SIGMAS, **options)
     q = crf.forward(scores, image)
-    np.testing.assert_allclose(q, mean_field(crf, scores, dense_kernels(crf, image)),
+    np.testing.assert_allclose(q, inference(crf, scores, dense_kernels(crf, image)),
                                atol=1e-12)
     np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
 
@@ -64,7 +65,7 @@ def test_inference_on_the_lattice_is_equation_5_with_its_matrix(options):
         np.testing.assert_allclose(kernel.filter(one), kernel.K_hat.filter(one)
                                    - np.diag(kernel.diagonal * crf.exclude_self), atol=1e-15)
     matrices = [kernel.filter(one) for kernel in crf.state.kernels]
-    np.testing.assert_allclose(q, mean_field(crf, scores, matrices), atol=1e-12)
+    np.testing.assert_allclose(q, inference(crf, scores, matrices), atol=1e-12)
 
 
 def loss_and_gradient(crf, scores, image, labels):
@@ -154,15 +155,16 @@ def test_lattice_shape_gradient_follows_the_exact_one_through_five_steps(xy, rgb
     assert cosine > 0.97 and 0.75 < ratio < 1.25, (cosine, ratio)
 
 
-@pytest.mark.parametrize("width, tolerance", [(3., 1e-3), (0.4, 5e-3)])
-def test_gradients_in_float32_are_those_of_float64(width, tolerance):
+@pytest.mark.parametrize("width, tolerance, w, damping", [
+    (3., 1e-3, (1., 2.), 0), (0.4, 5e-3, (1., 2.), 0), (3., 1e-3, MATRICES / 2, 1.)])
+def test_gradients_in_float32_are_those_of_float64(width, tolerance, w, damping):
     """Widths are learned from sums in which large terms cancel, the more so the narrower they are.
 
     At 0.4 pixels the kernel hardly reaches the next pixel; further down only rounding is left.
     """
     image, scores, labels = drawn(96, 128)
-    single, double = (DenseCRF(3, w=(1., 2.), sigma_position=(width, width),
-                               sigma_bilateral=(20., 20., 13., 13., 13.)) for _ in range(2))
+    single, double = (DenseCRF(3, w=w, sigma_position=width, sigma_bilateral=(20., 13.),
+                               damping=damping) for _ in range(2))
     loss_and_gradient(single, scores.astype(np.float32), image, labels)
     loss_and_gradient(double, scores, image, labels)
     for name, expected in double.grads.items():
@@ -172,7 +174,9 @@ def test_gradients_in_float32_are_those_of_float64(width, tolerance):
 
 # Blocks, threads, memory
 
-def test_blocks_and_threads_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("options", [{}, dict(w=MATRICES, damping=1.), dict(exact=True)],
+                         ids=["Potts", "damped matrices", "exact"])
+def test_blocks_and_threads_change_no_bit(monkeypatch, options):
     scores, image, labels = example(20, 30)
     scores = scores.astype(np.float32)
     results = []
@@ -181,7 +185,7 @@ def test_blocks_and_threads_change_no_bit(monkeypatch):
         monkeypatch.setattr(arrays, "POOL", arrays.POOL)               # put back in the end
         arrays._new_pool(threads)
         monkeypatch.setattr(arrays, "SMALL", 0)
-        crf = DenseCRF(L, sigma_bilateral=(9., 9., 90., 90., 90.))
+        crf = DenseCRF(L, sigma_bilateral=(9., 9., 90., 90., 90.), **options)
         _, df = loss_and_gradient(crf, scores, image, labels)
         results.append((crf.logits, df, *crf.grads.values()))
     for other in results[1:]:
@@ -199,6 +203,71 @@ def test_inference_keeps_nothing_and_gives_the_same():
         with pytest.raises(ValueError, match="backward: found no forward pass with train=True"):
             asked()
     np.testing.assert_array_equal(crf.forward(scores, image), found)
+
+
+# Signals, photographs, volumes
+
+SHAPES = pytest.mark.parametrize("shape", [(9,), (4, 5), (2, 3, 4)], ids=["1-D", "2-D", "3-D"])
+
+
+@SHAPES
+@pytest.mark.parametrize("exact", [True, False])
+def test_axes_come_in_the_order_x_y_z(shape, exact):
+    """Widths that tell all axes apart, against dense matrices; the lattice by its own answers."""
+    rng, D = np.random.default_rng(0), len(shape)
+    scores, image = rng.standard_normal((*shape, L)), rng.uniform(0, 255, (*shape, 1))
+    crf = DenseCRF(L, w=(1., 2.), sigma_position=(0.7, 1.5, 3.)[:D], exact=exact, dimensions=D,
+                   sigma_bilateral=(1., 2.5, 4.)[:D] + (60.,), channels=1)
+    q = crf.forward(scores, image)
+    position = image_features(image)[:D].T                               # (N, D)
+    np.testing.assert_allclose(crf.state.kernels[0].features.T * (0.7, 1.5, 3.)[:D],
+                               position - position.mean(axis=0), atol=1e-12)
+    kernels = dense_kernels(crf, image) if exact else [kernel.filter(np.eye(len(position)))
+                                                       for kernel in crf.state.kernels]
+    np.testing.assert_allclose(q, inference(crf, scores, kernels), atol=1e-12)
+
+
+@SHAPES
+def test_scalars_and_pairs_are_short_for_widths(shape):
+    D = len(shape)
+    short = DenseCRF(L, sigma_position=3, sigma_bilateral=(80, 13), dimensions=D, channels=2)
+    long = DenseCRF(L, sigma_position=[3] * D, sigma_bilateral=[80] * D + [13] * 2, dimensions=D)
+    assert short.params.keys() == long.params.keys()
+    for name, p in short.params.items():
+        np.testing.assert_array_equal(p, long.params[name])
+
+
+def test_defaults_and_repr():
+    assert repr(DenseCRF(21)) == repr(DenseCRF(21, w=(3, 10), sigma_position=(3, 3),
+                                               sigma_bilateral=(80, 80, 13, 13, 13)))
+    assert repr(DenseCRF(2, sigma_position=None)) == (
+        "DenseCRF(2, w=[10.0], sigma_bilateral=[80.0, 80.0, 13.0, 13.0, 13.0], iterations=5, "
+        "normalization='symmetric', exclude_self=True, damping=0.0, exact=False)")
+
+
+def volume():
+    """Two blobs in a volume (10, 12, 16), noisy scores, noisy grey, and the true labels."""
+    rng, (z, y, x) = np.random.default_rng(0), np.mgrid[:10, :12, :16]
+    labels = np.zeros(x.shape, dtype=int)
+    labels[(x - 5) ** 2 + (y - 6) ** 2 + (z - 5) ** 2 < 20] = 1
+    labels[(x - 12) ** 2 + (y - 5) ** 2 + (2 * z - 8) ** 2 < 16] = 2
+    image = 40 + 70 * labels + rng.normal(0, 15, x.shape)
+    return np.eye(3)[labels] + rng.standard_normal((*x.shape, 3)), image[..., None], labels
+
+
+def test_a_volume_is_cleaned_as_brute_force_cleans_it():
+    scores, image, labels = volume()
+    options = dict(w=(2., 4.), sigma_position=(1.5, 1.5, 1.), sigma_bilateral=(6., 6., 4., 25.),
+                   dimensions=3)
+    exact, lattice = (DenseCRF(3, exact=exact, **options) for exact in (True, False))
+    p, q = exact.forward(scores, image), lattice.forward(scores, image)
+    block = tuple(slice(n, n + 6) for n in (3, 4, 3))            # as a volume of its own
+    np.testing.assert_allclose(
+        exact.forward(scores[block], image[block]),
+        inference(exact, scores[block], dense_kernels(exact, image[block])), atol=1e-10)
+    before, by_force, after = ((a.argmax(axis=3) == labels).mean() for a in (scores, p, q))
+    assert before < 0.7 and by_force > 0.97 and after > 0.97, (before, by_force, after)
+    assert abs(p - q).mean() < 0.02 and (p.argmax(axis=3) == q.argmax(axis=3)).mean() > 0.98
 
 
 # Any image, any scores
@@ -238,7 +307,7 @@ def test_either_kernel_can_be_left_out(left_out):
     crf = DenseCRF(L, w=(0.5, 1.), exact=True, **{**SIGMAS, left_out: None})
     assert crf.params["w"].tolist() == [1. if left_out == "sigma_position" else 0.5]
     assert "log_" + left_out not in crf.params and crf.params.keys() == crf.grads.keys()
-    np.testing.assert_allclose(crf.forward(scores, image), mean_field(crf, scores, dense_kernels(crf, image)))
+    np.testing.assert_allclose(crf.forward(scores, image), inference(crf, scores, dense_kernels(crf, image)))
     loss_and_gradient(crf, scores, image, labels)
 
 
@@ -267,7 +336,7 @@ def test_huge_messages_do_not_overflow():
         crf = DenseCRF(L, w=(w, w), exact=True, normalization="none", iterations=2, **SIGMAS)
         with np.errstate(all="raise", under="ignore"):
             q = crf.forward(scores, image)
-        np.testing.assert_allclose(q, mean_field(crf, scores, dense_kernels(crf, image)), atol=1e-9)
+        np.testing.assert_allclose(q, inference(crf, scores, dense_kernels(crf, image)), atol=1e-9)
 
 
 def test_more_lattice_points_than_pixels():
@@ -338,7 +407,11 @@ def test_bad_input_is_refused_in_one_line(spoil, message):
 @pytest.mark.parametrize("options, message", [
     (dict(w=(1., 2., 3.)), r"w: found \[1.0, 2.0, 3.0\], expected a finite number for each kernel"),
     (dict(sigma_position=(3., 0.)), r"sigma_position: found \[3.0, 0.0\], expected positive"),
-    (dict(sigma_position=(3., 3., 3.)), "sigma_position: found"),
+    (dict(sigma_position=(3., 3., 3.)), "sigma_position: found 3 widths, .* of 2 dimensions$"),
+    (dict(sigma_bilateral=(9., 9., 9.), dimensions=3), "sigma_bilateral: found 3 widths"),
+    (dict(sigma_position=None, sigma_bilateral=None), "found 0 kernels"),
+    (dict(w=np.ones((2, 2, 2))), r"w: found .* symmetric matrices, \(2, 3, 3\)"),
+    (dict(damping=-1.), "damping -1"),
     (dict(sigma_bilateral=(80.,)), "sigma_bilateral: found 1 widths, .* and each channel"),
     (dict(normalization="row"), "normalization: found 'row'"),
     (dict(iterations=-1), "iterations -1"),
@@ -346,6 +419,16 @@ def test_bad_input_is_refused_in_one_line(spoil, message):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DenseCRF(L, **options)
+
+
+@pytest.mark.parametrize("scores, image, message", [
+    ([[[0.] * L]], np.zeros((1, 1, 3)), "scores: found builtins.list"),
+    (np.zeros((1, 1, L)), [[[0.] * 3]], "image: found builtins.list"),
+    (np.zeros((1, 1, L)), None, "image: found builtins.NoneType"),
+])
+def test_what_is_no_array_is_refused(scores, image, message):
+    with pytest.raises(TypeError, match=message + ", expected a NumPy or CuPy array$"):
+        DenseCRF(L).forward(scores, image)
 
 
 # Free energy, and scores from elsewhere

@@ -223,28 +223,33 @@ def test_kernel(xp, normalization, exact, dtype):
           theirs.shape_gradient(outer, cross, product))
 
 
+MATRICES = np.eye(N_CLASSES) + 0.2 * np.ones((2, N_CLASSES, N_CLASSES))
+
+
 @dtypes
+@pytest.mark.parametrize("w, damping", [((1.5, 2.), 0), (MATRICES, 1.)], ids=["Potts", "matrices"])
 @pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
-def test_dense_crf(xp, exact, dtype):
-    """Marginals, the scores' gradient by both ways back, all nine parameters' gradients, energy."""
+def test_dense_crf(xp, exact, w, damping, dtype):
+    """Marginals, the scores' gradient by both ways back, all parameters' gradients, energy."""
     H, W = 8, 10
     f = normal(H, W, N_CLASSES, dtype=dtype)
     image = np.random.default_rng(1).integers(0, 256, (H, W, 3), dtype=np.uint8)
     dz, dq = (normal(H, W, N_CLASSES, dtype=dtype, seed=seed) for seed in (2, 3))
     results = []
     for device in ("cpu", "gpu"):
-        crf = DenseCRF(N_CLASSES, w=(1.5, 2.), sigma_position=(2., 2.5),
+        crf = DenseCRF(N_CLASSES, w=w, damping=damping, sigma_position=(2., 2.5),
                        sigma_bilateral=(6., 7., 50., 60., 70.), exact=exact)
         scores, picture = to_device(f, device), to_device(image, device)
         q = crf.forward(scores, picture)
         back = crf.backward_logits(to_device(dz, device)), crf.backward(to_device(dq, device))
-        results.append(([q, crf.logits, *back], crf.grads, crf.free_energy(q, scores, picture)))
-    (expected, expected_grads, expected_energy), (found, grads, energy) = results
+        numbers = crf.free_energy(q, scores, picture), crf.descent_damping(scores, picture)
+        results.append(([q, crf.logits, *back], crf.grads, np.array(numbers)))
+    (expected, expected_grads, expected_numbers), (found, grads, numbers) = results
     for a, b in zip(found, expected):
         match(a, b)
     for key, gradient in grads.items():         # they stay on the host, in float64
         close(gradient, expected_grads[key], dtype)
-    close(energy, expected_energy, dtype)
+    close(numbers, expected_numbers, dtype)
 
 
 def test_scores(xp):
