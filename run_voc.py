@@ -3,6 +3,12 @@
     python run_voc.py                                    a drawn toy set, three minutes on a laptop
     python run_voc.py --voc PATH/TO/VOC2012 --weights FILE --net largefov
 """
+# flake8: noqa: E402
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # an import has nothing to tell of Ctrl-C
+
 import argparse
 import os
 import sys
@@ -42,11 +48,9 @@ PREDICTS = {"stage", "weights", "image", "out", "device", "tf32"}        # what 
 
 def default(name):
     """What help says of an option that differs between the toy set and VOC."""
-    def words(value):
-        return (", ".join(f"{x:g} {stage}" for stage, x in value.items())
-                if isinstance(value, dict) else str(value))
-
-    return f"(default: {words(VOC[name])}; toy set: {words(TOY[name])})"
+    voc, toy = (", ".join(f"{x:g} {stage}" for stage, x in value.items())
+                if isinstance(value, dict) else value for value in (VOC[name], TOY[name]))
+    return f"(default: {voc}; toy set: {toy})"
 
 
 def build_parser():
@@ -150,12 +154,10 @@ def check_options(args):
     """Refuse what makes no sense together, before anything is done or written."""
     if args.device == "gpu" and not gpu_available():
         raise ValueError("--device: found gpu, but cupy finds no CUDA device; expected cpu or auto")
-    if args.stage == "predict" and not args.image:
-        raise ValueError("--image: found nothing, expected a photograph or a folder of them")
-    for option, other, wrong in (("--image", "--stage predict", args.stage != "predict"),
-                                 ("--sbd", "--voc", not args.voc)):
-        if wrong and getattr(args, option[2:].replace("-", "_")):
-            raise ValueError(f"{option}: found it without {other}, expected both or none")
+    if bool(args.image) != (args.stage == "predict"):
+        raise ValueError("--image: found one of it and --stage predict, expected both or none")
+    if args.sbd and not args.voc:
+        raise ValueError("--sbd: found it without --voc, expected both or none")
     for folder in args.also:
         if not os.path.exists(os.path.join(folder, "results.json")):
             raise FileNotFoundError(f"--also: found no results.json in {folder}, expected the "

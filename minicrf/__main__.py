@@ -148,17 +148,14 @@ def read_scores(args, size):
 
 def build_crf(args, n_labels):
     """The CRF of the options, or of a checkpoint: its nine parameters fit any number of labels."""
-    options = {} if args.w is None else {"w": args.w}
-    if args.sigma_position is not None:
-        options["sigma_position"] = (args.sigma_position,) * 2
-    if args.sigma_bilateral is not None:
-        spatial, tone = args.sigma_bilateral
-        options["sigma_bilateral"] = (spatial,) * 2 + (tone,) * 3
-    crf = DenseCRF(n_labels, iterations=args.iterations, **options)
+    given = [name for name in ("w", "sigma_position", "sigma_bilateral") if getattr(args, name)]
+    (spatial, tone), position = args.sigma_bilateral or (80, 13), args.sigma_position or 3
+    crf = DenseCRF(n_labels, w=args.w or (3, 10), sigma_position=(position,) * 2,
+                   sigma_bilateral=(spatial,) * 2 + (tone,) * 3, iterations=args.iterations)
     if args.parameters is not None:
-        if options:
-            raise ValueError(f"--parameters: found --{next(iter(options)).replace('_', '-')} as "
-                             "well, expected one or the other")
+        if given:
+            raise ValueError(f"--parameters: found --{given[0].replace('_', '-')} as well, "
+                             "expected one or the other")
         learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
         if not isinstance(learned, DenseCRF):
             raise ValueError(f"{args.parameters}: found a network without CRF, expected a "

@@ -128,6 +128,14 @@ def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch,
     resume(toy_set, tmp_path, whole)
 
 
+def test_ctrl_c_in_an_import_leaves_no_traceback(toy_set, tmp_path):
+    with open(PROGRAM) as file:
+        start = file.read().partition("import argparse")[0]              # what comes first
+    code = start + "import os; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
 @pytest.mark.parametrize("folder, name, iteration", [
     ("SegmentationClass", "val_0001.png", 2), ("JPEGImages", "train_0001.jpg", 1)])
 def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path, monkeypatch,

@@ -224,7 +224,7 @@ def test_a_sound_data_set_is_checked_before_anything_is_trained(toy_set, tmp_pat
      "joint.npz: conv1_1_w"),
     (["--stage", "unary", "--weights", "{set}/toy.txt"], "toy.txt: found neither"),
     (["--stage", "eval", "--weights", "{set}/toy.txt"], "toy.txt"),
-    (["--image", "{set}/JPEGImages"], "--image: found it without --stage predict"),
+    (["--image", "{set}/JPEGImages"], "--image: found one of it and --stage predict"),
     (["--also", "{out}/nowhere"], "--also: found no results.json in"),
     (["--out", "{set}/toy.txt"], "--out: found"), (["--out", "/dev/null/runs"], "--out: found")])
 def test_bad_options_end_in_one_line_and_exit_code_2(trained, toy_set, tmp_path, capsys, options,
@@ -260,7 +260,7 @@ def test_options_that_make_sense_are_taken():
 
 
 @pytest.mark.parametrize("options, named", [
-    ([], "--image: found nothing"), (["--check"], "--check: found it with --stage predict"),
+    ([], "--image: found one of it and --stage predict"), (["--check"], "--check: found it with --stage predict"),
     (["--w", "1", "2"], "--w: found it with --stage predict"),
     (["--image", "x", "--iterations", "3"], "--iterations: found it with --stage predict")])
 def test_predict_refuses_what_it_does_not_use(tmp_path, capsys, options, named):

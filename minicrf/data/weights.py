@@ -65,15 +65,14 @@ def read_torchvision(path):
     tensors = read_safetensors(path)
     layers = [f"features.{i}" for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]
     layers += ["classifier.0", "classifier.3"]
-    weights = {}
-    for name, theirs in zip(NAMES + FULLY_CONNECTED, layers):
-        for ours, key in ((f"{name}_w", f"{theirs}.weight"), (f"{name}_b", f"{theirs}.bias")):
-            if key in tensors:
-                weights[ours] = tensors[key]
-    for name, taps in (("fc6", 7), ("fc7", 1)):                          # matrices -> kernels
-        w = weights.get(f"{name}_w")
-        if w is not None and w.ndim == 2 and w.shape[1] % taps ** 2 == 0:
-            weights[f"{name}_w"] = w.reshape(len(w), w.shape[1] // taps ** 2, taps, taps)
+    weights = {f"{name}_{ours}": tensors[f"{layer}.{theirs}"]
+               for name, layer in zip(NAMES + FULLY_CONNECTED, layers)
+               for ours, theirs in (("w", "weight"), ("b", "bias"))
+               if f"{layer}.{theirs}" in tensors}
+    for key, taps in (("fc6_w", 7), ("fc7_w", 1)):                       # matrices -> kernels
+        w = weights.get(key, np.empty(0))
+        if w.ndim == 2 and w.shape[1] % taps ** 2 == 0:
+            weights[key] = w.reshape(len(w), w.shape[1] // taps ** 2, taps, taps)
     if "conv1_1_w" in weights and weights["conv1_1_w"].shape[1:] == (3, 3, 3):
         # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean stays
         # outside: folded into the bias, it would be wrong where the border is padded with zeros.
@@ -139,20 +138,15 @@ def fill(net, weights, path):
     if convolutions:
         raise ValueError(f"{path}: found no {', '.join(convolutions)}, expected all convolutions "
                          "of a 16-layer VGG net")
-    chosen = []
-    for key, p in net.params.items():
-        name = key[:-2]
-        if name in missing:
-            continue
-        values = weights[key]
-        if net.preset == "largefov" and name in FULLY_CONNECTED:
-            values = subsample(values, p.shape)
-        if values.shape != p.shape:
-            raise ValueError(f"{path}: {key}: found shape {values.shape}, expected {p.shape} for "
-                             f"--net {net.preset}")
-        chosen.append((p, values))
-    for p, values in chosen:
-        p[...] = values
+    chosen = {key: weights[key] for key in net.params if key[:-2] not in missing}
+    for key, values in chosen.items():
+        if net.preset == "largefov" and key[:-2] in FULLY_CONNECTED:
+            chosen[key] = values = subsample(values, net.params[key].shape)
+        if values.shape != net.params[key].shape:
+            raise ValueError(f"{path}: {key}: found shape {values.shape}, expected "
+                             f"{net.params[key].shape} for --net {net.preset}")
+    for key, values in chosen.items():
+        net.params[key][...] = values
     return missing
 
 

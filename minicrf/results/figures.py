@@ -93,21 +93,19 @@ def compatibility(path, matrices, names, cell=26):
 
 def _legend(draw, left, top, shown, names):
     """One line: swatch and name of each class in the label pictures `shown`, largest first."""
-    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]))
-    present = sorted(np.flatnonzero(counts), key=lambda label: (label == VOID, -counts[label]))
-    for number, label in enumerate(present):
-        void = label == VOID
-        name = "void (not scored)" if void else names[label]
-        step = 38 + draw.textlength(name, font(15))
-        if left + step > draw.im.size[0] - 80 and number < len(present) - 1:
-            draw.text((left, top + 8), f"and {len(present) - number} more", INK, font(15), "lm")
+    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]), minlength=256)
+    order = sorted(np.flatnonzero(counts), key=lambda label: (label == VOID, -counts[label]))
+    for label in order:
+        name = "void (not scored)" if label == VOID else names[label]
+        if left + 38 + draw.textlength(name, font(15)) > draw.im.size[0]:
+            draw.text((left, top + 8), "...", INK, font(15), "lm")
             return
-        box = [left, top, left + 15, top + 15]
-        draw.rectangle(box, PAPER if void else tuple(palette(256)[label].tolist()), INK)
-        for k in (0, 5, 10) if void else ():
+        colour = PAPER if label == VOID else tuple(palette(256)[label].tolist())
+        draw.rectangle([left, top, left + 15, top + 15], colour, INK)
+        for k in (0, 5, 10) if label == VOID else ():
             draw.line([(left + k, top + 15), (left + 15, top + k)], (90, 90, 90))
         draw.text((left + 21, top + 8), name, INK, font(15), "lm")
-        left += step
+        left += 38 + draw.textlength(name, font(15))
 
 
 def curves(path, log, size=(1000, 420)):
@@ -119,7 +117,6 @@ def curves(path, log, size=(1000, 420)):
     points = {stage: [(int(row["iteration"]), float(row["miou"])) for row in log
                       if row["stage"] == stage and str(row["miou"]) not in ("", "nan")]
               for stage in ("unary", "joint")}
-    images = {stage: _images(log, stage) for stage in points}
     values = [v for line in points.values() for _, v in line] or [0, 100]
     step = _step(max(max(values) - min(values), 1))
     low = max(0, math.floor(min(values) / step - 1 / 4) * step)
@@ -127,23 +124,19 @@ def curves(path, log, size=(1000, 420)):
     canvas = Image.new("RGB", size, PAPER)
     for left, stage, colour in ((0, "unary", BLUE), (size[0] // 2, "joint", ORANGE)):
         box = left + 56, 64, left + size[0] // 2 - 24, size[1] - 88
-        best, name = None, ""
-        if stage == "joint" and points["unary"]:
-            best = max(v for _, v in points["unary"])
-            other = points["joint"] and images["joint"] != images["unary"]
-            name = f"best unary, {best:.1f}{' on other images' if other else ''}"
-        _plot(ImageDraw.Draw(canvas), box, stage, points[stage], images[stage], colour,
-              np.arange(low, high + step / 2, step), best, name)
+        best = max((v for _, v in points["unary"]), default=None) if stage == "joint" else None
+        _plot(ImageDraw.Draw(canvas), box, stage, points[stage], _images(log, stage), colour,
+              np.arange(low, high + step / 2, step), best)
     pictures.save_png(path, canvas)
 
 
-def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
+def _plot(draw, box, stage, points, images, colour, ticks, best):
     """One plot of Figure 4 within box (left, top, right, bottom), in pixels.
 
     images: what it was measured on; ticks: of the y axis; best: where the dashed line is, or None.
     """
     left, top, right, bottom = box
-    last = max([x for x, _ in points], default=1)
+    last = max([x for x, _ in points], default=1) or 1
 
     def at(x, y):
         return (left + (right - left) * x / last,
@@ -158,32 +151,22 @@ def _plot(draw, box, stage, points, images, colour, ticks, best, best_name):
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
     draw.text(((left + right) / 2, top - 38), f"{stage} training", INK, font(18), "ms")
     draw.text(((left + right) / 2, bottom + 32), "iteration", INK, font(16), "ma")
-    draw.text((left - 38, top - 14), f"mean IoU, %{images and ', on '}{images}", INK, font(15),
-              "ls")
+    draw.text((left - 38, top - 14), f"mean IoU, %{images}", INK, font(15), "ls")
     draw.line([at(*p) for p in points], colour, 3, joint="curve")
     for x, y in (at(*p) for p in points):
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-
-    # the legend: (text, colour, starts of dashes, their length)
     name = f"best {max(y for _, y in points):.1f}" if points else "not trained yet"
-    entries = [(f"{stage}, {name}", colour, [0], 26)]
+    draw.text((left, bottom + 68), f"{stage}, {name}", colour, font(15), "lm")
     if best is not None:
         for x in range(left, right, 12):
             draw.line([(x, at(0, best)[1]), (min(x + 7, right), at(0, best)[1])], BLUE, 2)
-        entries.append((best_name, BLUE, [0, 17], 9))
-    x, y = left, bottom + 68
-    for text, colour, dashes, length in entries:
-        for dash in dashes:
-            draw.line([(x + dash, y), (x + dash + length, y)], colour, 3)
-        draw.text((x + 34, y), text, INK, font(15), "lm")
-        x += 58 + draw.textlength(text, font(15))
+        draw.text((right, bottom + 68), f"- - best unary, {best:.1f}", BLUE, font(15), "rm")
 
 
 def _images(log, stage):
     """What a stage's curve was measured on, as the last row of its log says."""
     found = [row["images"] for row in log if row["stage"] == stage and row["images"]]
-    k, n = found[-1].split("/") if found else ("", "")
-    return f"{'all' if k == n else f'the first {k} of'} {n} validation images" if found else ""
+    return f", on {found[-1]} validation images" if found else ""
 
 
 def table(results, names):

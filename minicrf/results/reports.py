@@ -121,14 +121,14 @@ def panels(out, stage, paths, data, device):
 
     def row(i):
         image, labels = data.load(data.val[i])
-        predictions = {}
-        for stage, model in models.items():
-            for found in model.predict(image)[stage != "unary" and "unary" in models:]:
-                if found is not None:
-                    name = "without CRF" if "unary" not in models and not predictions else stage
-                    miou = metrics.mean_iou(metrics.confusion_matrix(labels, found,
-                                                                     len(data.classes)))
-                    predictions[name] = found, miou
+        found = {}
+        for name, model in models.items():
+            unary, refined = model.predict(image)
+            if "unary" not in models:
+                found["without CRF"] = unary
+            found[name] = unary if refined is None else refined
+        predictions = {name: (each, metrics.mean_iou(metrics.confusion_matrix(
+            labels, each, len(data.classes)))) for name, each in found.items()}
         return dict(image=image, labels=labels, name=data.val[i], predictions=predictions)
 
     score = metrics.mean_iou(read[columns(stage)[stage]])                # (images,)
