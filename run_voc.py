@@ -1,7 +1,6 @@
 """The experiment of the paper (Sec. 4): train a network, then the network together with its CRF.
 
     python run_voc.py                                    a drawn toy set, three minutes on a laptop
-    python run_voc.py --voc PATH/TO/VOC2012 --weights FILE --net largefov
 """
 # flake8: noqa: E402
 import signal
@@ -59,10 +58,8 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a network through a dense CRF. Without options: on a small drawn set.",
         epilog="examples:\n"
-        "  python run_voc.py\n"
         "  python run_voc.py --voc VOCdevkit/VOC2012 --weights imagenet-vgg-verydeep-16.mat\n"
         "  python run_voc.py --voc VOCdevkit/VOC2012 --resume\n"
-        "  python run_voc.py --voc VOCdevkit/VOC2012 --stage eval --train-list\n"
         "  python run_voc.py --stage predict --image photo.jpg")
     add = parser.add_argument_group("what to train on").add_argument
     add("--voc", type=path, metavar="DIR", help="the folder that holds JPEGImages "

@@ -1,6 +1,7 @@
 """The program as people use it: what it writes, what it prints, and what it says of bad input."""
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 import experiment
 import run_voc
-from minicrf import training
+from minicrf import LocalCRF, training
 from minicrf.data import voc
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
@@ -70,7 +71,7 @@ def test_resume_leaves_a_finished_stage_and_goes_on_with_the_next(trained, toy_s
     assert (tmp_path / "unary.npz").read_bytes() == (trained / "unary.npz").read_bytes()
     assert checkpoints.read(tmp_path / "joint.npz")[1]["iteration"] == 2
     assert "joint: going on after iteration 1 of 2" in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "results.json").read_text())) == set(training.STAGES)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"unary", "piecewise", "joint"}
 
 
 @pytest.mark.parametrize("stage, changed, found", [
@@ -253,7 +254,7 @@ def test_bad_values_of_options_end_in_one_line_and_exit_code_2(capsys, option, w
 
 def test_options_that_make_sense_are_taken():
     args = run_voc.parse_arguments("--rate 0 --drop 1 --w 0 0 --seed 0 --iterations 3".split())
-    assert args.rate == {"unary": 0, "piecewise": 0, "joint": 0} and args.drop == 1
+    assert args.rate == dict.fromkeys(training.STAGES, 0) and args.drop == 1
     assert args.iterations["joint"] == 3 and args.w == [0, 0] and args.net == "tiny"
     args = run_voc.parse_arguments(["--voc", "x"])
     assert args.net == "vgg16" and args.batch_size == 20 and args.iterations["unary"] == 6000
@@ -390,3 +391,24 @@ def assert_one_line(capsys, named):
     assert "Traceback" not in error and error.rstrip().endswith(lines[0])
 
 
+@pytest.mark.parametrize("options", [["--stage", "local"],
+                                     ["--stage", "piecewise", "--compatibility", "matrix"]])
+def test_other_crfs_train_resume_and_predict(trained, toy_set, tmp_path, capsys, options):
+    shutil.copy(trained / "unary.npz", tmp_path)
+    common = ["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), *options]
+    fast = [*common, "--batch-size", "2", "--evaluate-images", "1"]
+    assert run_voc.main([*fast, "--iterations", "1"]) == 0
+    assert run_voc.main([*fast, "--iterations", "2", "--resume"]) == 0
+    stage = options[1]
+    assert f"{stage}: going on after iteration 1 of 2" in capsys.readouterr().out
+    crf = checkpoints.load_model(tmp_path / f"{stage}.npz")[0].crf
+    w = crf.params["w"]
+    if stage == "local":
+        assert isinstance(crf, LocalCRF) and (w != 1).all()
+    else:                                # off the diagonal, too; symmetric, positive semi-definite
+        assert w.shape == (2, 6, 6) and (w[:, 0, 1] != 0).all()
+        assert np.allclose(w, w.swapaxes(1, 2)) and np.linalg.eigvalsh(w).min() > -1e-9
+        assert (tmp_path / "piecewise_compatibility.png").exists()
+    photograph = next((pathlib.Path(toy_set) / "JPEGImages").iterdir())
+    assert run_voc.main(["--stage", "predict", "--weights", str(tmp_path / f"{stage}.npz"),
+                         "--image", str(photograph), "--out", str(tmp_path)]) == 0
