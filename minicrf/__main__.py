@@ -10,14 +10,15 @@ import sys
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
+from tqdm import tqdm
 
 from .arrays import gpu_available, to_device, to_host
 from .data import pictures, voc
 from .densecrf import DenseCRF
-from .files import reason, regular
+from .files import read_npz, reason, regular, replacing
 from .losses import VOID
 from .program import WEIGHT, WIDTH, Parser, number, run_program
-from .results import checkpoints
+from .results import checkpoints, figures
 from .scores import scores_from_labels, scores_from_probabilities
 
 CONFIDENCE = 0.7
@@ -36,11 +37,14 @@ def parse_arguments(arguments=None):
         "  python -m minicrf photo.jpg scribbles.png refined.png --unknown black\n"
         "  python -m minicrf photo.jpg scores.npy refined.png --parameters runs/joint.npz")
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="the photograph")
+    add("image", metavar="IMAGE", help="the photograph, or a folder of them")
     add("scores", metavar="SCORES", help="an .npy array (H, W, L) of class scores, larger being "
-        "likelier, or a label picture (palette, grey or RGB), each colour in it a label")
+        "likelier, or a label picture (palette, grey or RGB), each colour in it a label; or a "
+        "folder of these, with the photographs' names")
     add("out", metavar="OUT", help="the .png to write: a label picture in the colours of SCORES "
-        "or, for an array, label numbers in VOC's palette")
+        "or, for an array, label numbers in VOC's palette; or an .npy, for the marginals (H, W, L) "
+        "in float32; or a folder, for a .png of each photograph")
+    add("--overlay", action="store_true", help="also write OUT.overlay.png, to look at")
     add = parser.add_argument_group("what SCORES means").add_argument
     add("--probabilities", action="store_true", help="the array holds probabilities, not scores")
     add("--confidence", type=float, metavar="P",
@@ -54,7 +58,7 @@ def parse_arguments(arguments=None):
     add("--sigma-bilateral", type=WIDTH, nargs=2, metavar=("PIXELS", "COLOUR"),
         help="(default: 80 13)")
     add("--parameters", metavar="FILE",
-        help="learned weights and sigmas instead: a checkpoint of run_voc.py, such as joint.npz")
+        help="learned weights and sigmas instead: of DenseCRF.save, or a checkpoint of run_voc.py")
     add("--iterations", metavar="T", default=5, type=number("a whole number from 0 to 1e6",
         lambda x: 0 <= x <= 1e6, int), help="mean-field steps (default: 5)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
@@ -89,6 +93,9 @@ def read_array(path, size, probabilities):
     if not (0 <= low <= high <= 1.001 if probabilities else high < np.inf):   # NaN is neither
         raise ValueError(f"{path}: found values from {low:g} to {high:g}, expected "
                          + ("probabilities, 0 to 1" if probabilities else "scores within float32"))
+    if not probabilities and low >= 0 and abs(values.sum(axis=2) - 1).max() < 0.01:
+        print(f"note: {path}: found numbers that add up to 1 at each pixel; if they are "
+              "probabilities, --probabilities is missing", file=sys.stderr)
     return scores_from_probabilities(values) if probabilities else values
 
 
@@ -116,6 +123,9 @@ def read_labels(path, unknown=None):
     if not 1 <= L <= MAX_LABELS:
         raise ValueError(f"{path}: found {L} colours besides unknown, expected 1 to {MAX_LABELS}, "
                          "each a label (JPEG and smoothing add colours)")
+    if L >= 100:
+        print(f"note: {path}: found {L} labels; a soft mask, of shades of grey, is none of labels",
+              file=sys.stderr)
     if unknown is not None and known.all():
         print(f"note: {path}: found no pixel in the unknown colour {unknown}", file=sys.stderr)
     number = np.where(known, np.cumsum(known) - 1, VOID).astype(np.uint8)    # of each colour
@@ -156,33 +166,64 @@ def build_crf(args, n_labels):
         if given:
             raise ValueError(f"--parameters: found --{given[0].replace('_', '-')} as well, "
                              "expected one or the other")
-        learned = checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters))
+        learned = (DenseCRF.load(args.parameters) if "options" in read_npz(args.parameters) else
+                   checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters)))
         if not isinstance(learned, DenseCRF):
-            raise ValueError(f"{args.parameters}: found a network without CRF, expected a "
-                             "checkpoint of the joint or the piecewise stage")
+            raise ValueError(f"{args.parameters}: found a network without such a CRF, expected a "
+                             "checkpoint of the joint or the piecewise stage, or DenseCRF.save's")
         if learned.params["w"].ndim == 3 and learned.n_labels != n_labels:
             raise ValueError(f"{args.parameters}: found compatibilities of {learned.n_labels} "
                              f"labels, expected {n_labels} as in the scores")
-        crf.params = learned.params
+        learned.iterations, learned.n_labels = args.iterations, n_labels
+        return learned
     return crf
 
 
 def refine(args):
     """What the command line asks for; returns the exit code."""
+    if not os.path.isdir(args.image):
+        print(f"wrote {args.out}: {refine_one(args)}")
+        return 0
+    if not os.path.isdir(args.scores):
+        raise ValueError(f"{args.scores}: found no folder, expected one, as {args.image} is")
+    os.makedirs(args.out, exist_ok=True)
+    photographs, done = pictures.find_photographs(args.image), 0
+    for image in tqdm(photographs, "refine", unit="image", disable=None):
+        stem = os.path.splitext(os.path.basename(image))[0]
+        names = [os.path.join(args.scores, stem + ending) for ending in (".npy", ".png")]
+        found = next(filter(os.path.isfile, names), names[0])
+        one = argparse.Namespace(**{**vars(args), "image": image, "scores": found,
+                                    "out": os.path.join(args.out, f"{stem}.png")})
+        try:
+            tqdm.write(f"wrote {one.out}: {refine_one(one)}")
+            done += 1
+        except (ValueError, OSError) as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    return 0 if done == len(photographs) else 2
+
+
+def refine_one(args):
+    """Refine the scores of one photograph, and write the result; returns what there is to say."""
     inputs = map(os.path.realpath, (args.image, args.scores))
-    if not args.out.lower().endswith(".png") or os.path.realpath(args.out) in inputs:
+    ending = os.path.splitext(args.out)[1].lower()
+    if ending not in (".png", ".npy") or os.path.realpath(args.out) in inputs:
         raise ValueError(f"{args.out}: found no place for the result, expected a name ending in "
-                         ".png that is none of the inputs")
+                         ".png or .npy that is none of the inputs")
     image = pictures.read_photograph(args.image)
     scores, before, paint = read_scores(args, image.shape[:2])
     H, W, L = scores.shape
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     q = build_crf(args, L).forward(to_device(scores, device), to_device(image, device), train=False)
     labels = to_host(q.argmax(axis=2)).astype(np.uint8)
-    pictures.save_png(args.out, paint(labels))
+    if ending == ".png":
+        pictures.save_png(args.out, paint(labels))
+    else:
+        with replacing(args.out, "wb") as file:
+            np.save(file, to_host(q))
+    if args.overlay:
+        pictures.save_png(f"{args.out}.overlay.png", figures.overlay(image, labels))
     changed = np.mean((labels != before)[before != VOID])
-    print(f"wrote {args.out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed")
-    return 0
+    return f"{W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed"
 
 
 def main(arguments=None):

@@ -4,10 +4,15 @@ Mean field and its way back are those of meanfield.py; here are the features: po
 positions with colours.
 Legend: S the shape of the image, C its channels, D its dimensions; L labels; M kernels.
 """
+import json
+
 import numpy as np
 
 from .arrays import array_module, check_array
+from .files import read_npz, reason, replacing
 from .meanfield import FeatureCRF
+
+OPTIONS = "iterations", "normalization", "exclude_self", "damping", "exact", "dimensions"
 
 
 class DenseCRF(FeatureCRF):
@@ -48,6 +53,28 @@ class DenseCRF(FeatureCRF):
         super().__init__(n_labels, w=w, sigmas={name: sigmas[name] for name in used},
                          iterations=iterations, normalization=normalization, damping=damping,
                          exclude_self=exclude_self, exact=exact)
+
+    def save(self, path):
+        """Write parameters and options into an .npz file.  Raises OSError, naming it."""
+        options = {name: getattr(self, name) for name in ("n_labels", *OPTIONS)}
+        with replacing(path, "wb") as file:
+            np.savez(file, options=np.array(json.dumps(options)), **self.params)
+
+    @classmethod
+    def load(cls, path):
+        """The CRF that `save` wrote.  Raises ValueError or OSError with one line."""
+        arrays = read_npz(path)
+        try:
+            options = json.loads(str(arrays["options"]))
+            sigmas = {f"sigma_{name}": np.exp(arrays[f"log_sigma_{name}"]) if
+                      f"log_sigma_{name}" in arrays else None for name in ("position", "bilateral")}
+            crf = cls(w=arrays["w"], **sigmas, **options)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: found no CRF ({reason(error)}), expected a file of "
+                             "DenseCRF.save") from None
+        for name, p in crf.params.items():
+            p[...] = arrays[name]                # not what exp and log have rounded
+        return crf
 
     def _kernels(self, image, scores):
         xp, shape = array_module(scores), scores.shape[:-1]

@@ -5,6 +5,8 @@ import os
 import secrets
 import shutil
 
+import numpy as np
+
 try:
     import fcntl
 except ImportError:                     # Windows: no locks
@@ -38,6 +40,15 @@ def regular(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: found no regular file, expected one")
     return path
+
+
+def read_npz(path):
+    """All arrays of a .npz file.  Raises ValueError with one line."""
+    try:
+        with np.load(regular(path), allow_pickle=False) as archive:
+            return {key: np.asarray(archive[key]) for key in archive.files}
+    except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
+        raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
 
 
 @contextlib.contextmanager

@@ -485,3 +485,18 @@ def test_scores_from_labels_give_the_stated_confidence():
         scores_from_labels(labels, 4, 0.7, unknown=None)
     with pytest.raises(ValueError, match="confidence: found 1, expected"):
         scores_from_labels(labels, 4, 1)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(w=(2.,), sigma_position=None), dict(w=np.ones((2, L, L)), damping=1.5, exact=True),
+    dict(dimensions=3, sigma_position=(1, 2, 3), normalization="none", exclude_self=False)])
+def test_a_saved_crf_is_the_same_to_the_bit(tmp_path, options):
+    crf = DenseCRF(L, **options)
+    crf.params["w"] += 0.1
+    crf.save(tmp_path / "crf.npz")
+    again = DenseCRF.load(tmp_path / "crf.npz")
+    assert repr(again) == repr(crf) and again.dimensions == crf.dimensions
+    assert all(np.array_equal(again.params[key], p) for key, p in crf.params.items())
+    (tmp_path / "crf.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        DenseCRF.load(tmp_path / "crf.npz")

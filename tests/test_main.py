@@ -207,7 +207,7 @@ BAD = {
     "photo.png scores.npy --unknown black": "scores.npy: found an array",
     "photo.png scores.npy --parameters nowhere.npz": "nowhere.npz",
     "photo.png scores.npy --parameters array.npz": "array.npz: found no training state",
-    "photo.png scores.npy --parameters unary.npz": "unary.npz: found a network without CRF",
+    "photo.png scores.npy --parameters unary.npz": "unary.npz: found a network without such a CRF",
     "photo.png scores.npy --parameters joint.npz --w 1 1": "--parameters: found --w as well",
 }
 
@@ -266,3 +266,48 @@ def test_no_file_beside_out_is_touched(folder):
     os.rename("photo.png", "out.png.tmp")
     assert main(["out.png.tmp", "scores.npy", "out.png", *CRF]) == 0
     assert Image.open("out.png.tmp").size == Image.open("out.png").size
+
+
+def test_out_may_be_marginals_and_come_with_an_overlay(folder):
+    assert main(["photo.png", "scores.npy", "q.npy", "--overlay", *CRF]) == 0
+    q = np.load("q.npy")
+    assert q.shape == (H, W, 2) and q.dtype == np.float32
+    np.testing.assert_allclose(q.sum(axis=2), 1, rtol=1e-6)
+    main(["photo.png", "scores.npy", "labels.png", *CRF])
+    assert np.array_equal(np.asarray(Image.open("labels.png")), q.argmax(axis=2))
+    assert Image.open("q.npy.overlay.png").size == (W, H)
+
+
+def test_folders_are_refined_name_by_name(folder, capsys):
+    for name in ("photos", "scores"):
+        os.mkdir(name)
+    for name in ("a", "b"):
+        os.link("photo.png", f"photos/{name}.png")
+    os.link("scores.npy", "scores/a.npy")
+    assert main(["photos", "scores", "refined", *CRF]) == 2              # b has no scores
+    printed = capsys.readouterr()
+    assert "wrote refined/a.png" in printed.out and "scores/b.npy" in printed.err
+    assert os.listdir("refined") == ["a.png"]
+    main(["photo.png", "scores.npy", "out.png", *CRF])
+    assert np.array_equal(rgb("refined/a.png"), rgb("out.png"))
+
+
+def test_what_looks_like_probabilities_or_a_soft_mask_gets_a_note(folder, capsys):
+    p = np.full((H, W, 2), 0.5, np.float32)
+    np.save("p.npy", p)
+    main(["photo.png", "p.npy", "out.png"])
+    assert "--probabilities is missing" in capsys.readouterr().err
+    Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W)).save("soft.png")
+    main(["photo.png", "soft.png", "out.png"])
+    assert "soft mask" in capsys.readouterr().err
+
+
+def test_parameters_of_a_saved_crf_and_matrices_for_their_labels_alone(folder, capsys):
+    w = np.array([1., 3.])[:, None, None] * np.eye(2)
+    DenseCRF(2, w=w, sigma_bilateral=(20, 13)).save("crf.npz")
+    assert main(["photo.png", "scores.npy", "out.png", "--parameters", "crf.npz"]) == 0
+    main(["photo.png", "scores.npy", "same.png", "--w", "1", "3", "--sigma-bilateral", "20", "13"])
+    assert np.array_equal(rgb("out.png"), rgb("same.png"))
+    np.save("three.npy", np.zeros((H, W, 3), np.float32))
+    assert main(["photo.png", "three.npy", "out.png", "--parameters", "crf.npz"]) == 2
+    assert "found compatibilities of 2 labels, expected 3" in capsys.readouterr().err

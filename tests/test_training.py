@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minicrf import DenseCRF, arrays, training, vgg
-from minicrf.data import loading
+from minicrf.data import loading, toy
 from minicrf.gradcheck import relative_error
 from minicrf.losses import VOID
 from minicrf.results import evaluation
@@ -285,3 +285,18 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
     for losses, params in results[1:]:
         assert losses == results[0][0]
         assert all(np.array_equal(p, results[0][1][key]) for key, p in params.items())
+
+
+def test_learn_lowers_the_loss_and_keeps_w_in_range():
+    rng, samples = np.random.default_rng(0), []
+    for _ in range(4):
+        image, labels = toy.picture(rng, 24, 32)
+        scores = np.eye(6)[np.where(labels == 255, 0, labels)] + rng.standard_normal((24, 32, 6))
+        samples.append((scores, image, labels))
+    for w in ((0., 1.), np.array([0., 1.])[:, None, None] * np.eye(6)):
+        crf = DenseCRF(6, w=w)
+        losses = training.learn(crf, samples, epochs=6, rate=0.3)
+        assert losses.shape == (6, 4) and losses[-1].mean() < 0.8 * losses[0].mean()
+        w = crf.params["w"]
+        assert (w if w.ndim == 1 else np.linalg.eigvalsh(w)).min() >= -1e-9
+        assert not any(g.any() for g in crf.grads.values())

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from ..files import reason, regular
+from ..files import read_npz, reason, regular
 from .matfiles import read_mat
 
 MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images
@@ -49,15 +49,6 @@ def check_numbers(path, arrays):
     if arrays["mean"].shape != (3,) or arrays["scale"].shape != () or not arrays["scale"] > 1e-30:
         raise ValueError(f"{path}: found mean {arrays['mean'].tolist()} and scale "
                          f"{arrays['scale'].tolist()}, expected three numbers and one above 1e-30")
-
-
-def read_npz(path):
-    """All arrays of a .npz file.  Raises ValueError with one line."""
-    try:
-        with np.load(regular(path), allow_pickle=False) as archive:
-            return {key: np.asarray(archive[key]) for key in archive.files}
-    except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
-        raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
 
 
 def read_torchvision(path):
