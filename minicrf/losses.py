@@ -4,7 +4,7 @@ One function serves both stages: the marginals are softmax(z), with z the unary 
 network alone and z = z^T, the logits of the last mean-field step, for the network with its CRF.
 Legend: N pixels, L labels.
 """
-from .arrays import array_module, row_sums
+from .arrays import array_module, row_maxima, row_sums
 
 VOID = 255     # the label of pixels that are not scored: object borders and difficult regions
 
@@ -15,9 +15,7 @@ def softmax(z):
     A label may be forbidden by z = -inf, as long as another one of its pixel is finite.
     """
     xp = array_module(z)
-    # labels first, as the maximum over the last, short axis would take longest of all
-    largest = xp.ascontiguousarray(xp.moveaxis(z, -1, 0)).max(axis=0)        # (...)
-    p = xp.exp(z - largest[..., None])
+    p = xp.exp(z - row_maxima(z)[..., None])
     p /= row_sums(p)[..., None]
     return p
 

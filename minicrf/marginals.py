@@ -2,7 +2,7 @@
 
 Legend: N pixels, L labels.
 """
-from .arrays import array_module, row_sums
+from .arrays import array_module, row_maxima, row_sums
 from .losses import softmax
 
 NEWTON_STEPS = 20       # 4 to 13 suffice for logits up to 100 and damping up to 20
@@ -19,7 +19,7 @@ def marginals(z, q_old, c):
         return softmax(z)
     xp = array_module(z)
     z = z + c * q_old
-    z -= z.max(axis=-1, keepdims=True)
+    z -= row_maxima(z)[:, None]
     z = xp.maximum(z, -1000 * (1 + c))           # also -inf: there exp(u) is 0
     u = z / (1 + c)                              # u = log softmax(z / (1 + c)) to start with
     u -= xp.log(row_sums(xp.exp(u)))[:, None]
@@ -27,11 +27,15 @@ def marginals(z, q_old, c):
     shift, excess = row_sums(q * (z - u - c * q)), 0                         # lambda: (N,)
     for _ in range(NEWTON_STEPS):
         slope = 1 + c * q                                                    # (N, L)
-        r = z - u - c * q - shift[:, None]       # what is left of the first equation
+        r = z - u                                # what is left of the first equation,
+        r -= slope                               # z - u - c q - lambda
+        r -= (shift - 1)[:, None]
         h = q / slope
         step = (row_sums(h * r) + excess) / row_sums(h)                      # (N,)
         shift += step
-        u += (r - step[:, None]) / slope
+        r -= step[:, None]
+        r /= slope
+        u += r
         q = xp.exp(u)
         excess = row_sums(q) - 1                 # of the second one, half the square of the step
         if bool(abs(excess).max() < NEWTON_ERROR[z.dtype.char]):
