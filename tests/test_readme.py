@@ -229,7 +229,7 @@ def test_names_that_do_not_exist_are_noticed():
                   "DenseCRF.forwards", "spread_backwards", "iterations=6", "no_such_parameter=1"):
         assert unknown(wrong), wrong
     for right in ("minicrf/layers.py", "test_readme.py::anchor", "layers.Conv2d.backward",
-                  "Conv2d.backward", "DenseCRF.logits", "softmax_loss", "exclude_self=False",
+                  "Conv2d.backward", "FeatureCRF.logits", "softmax_loss", "exclude_self=False",
                   "iterations=5", "losses.VOID", "z = f + 1"):
         assert unknown(right) is None, right
 
