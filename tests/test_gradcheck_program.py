@@ -18,7 +18,9 @@ def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
     assert "FAIL" not in table and "0 failed" in table
     for name in ("Conv2d 3x3: dx", "Conv2d 3x3: dw", "Conv2d 3x3: db", "ReLU: dx", "Dropout: dx",
                  "BilinearUpsample: dx", "softmax_loss: dz", "exact: dscores", "exact: dw",
-                 "exact: dlog_sigma_position", "exact: dlog_sigma_bilateral",
+                 "exact: dlog_sigma_position", "exact: dlog_sigma_bilateral", "matrices: dw",
+                 "matrices: dlog_sigma_position", "damped: dscores", "damped: dw",
+                 "damped: dlog_sigma_bilateral", "damped: dscores from dq", "KernelGradient, matrix: dW",
                  "joint training"):
         assert re.search(rf"{name}.*\d+ .*e-\d\d +pass", table), name
 
