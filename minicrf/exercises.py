@@ -26,42 +26,65 @@ BUGS = {
     "losses.softmax_loss": {
         "loss-truth-dropped": ("q[pixels, y] -= 1", "pass"),
         "loss-void-counted": ("q *= weight[:, None]", "q *= weight.max()")},
-    "densecrf.DenseCRF.backward": {
-        "crf-softmax-forgotten": ("_through_softmax(dq.reshape(q.shape), q)", "dq")},
-    "densecrf._through_softmax": {"crf-softmax-term-dropped": ("- _row_dots(dq, q)[:, None]", "")},
-    "densecrf.DenseCRF.backward_logits": {
-        "crf-dz-dropped": ("df[rows] += dz[rows]", "pass"),
-        "crf-dz0-dropped": ("df += dz\n", "pass\n"),
-        "crf-transpose-forgotten": ("spread_transpose", "spread"),
-        "crf-message-sign": ("dq += w[m] * K_dz", "dq -= w[m] * K_dz"),
-        "crf-message-unweighted": ("w[m] * K_dz", "K_dz"),
-        "crf-self-forgotten": ("dq = -self_weight[rows]", "dq = 0"),
-        "crf-softmax-skipped": ("dz[rows] = _through_softmax(dq, q[rows])", "dz[rows] = dq"),
-        "crf-dw-one-step": ("forth[m, rows] +=", "forth[m, rows] ="),
-        "crf-dsigma-back-one-step": ("back[m, rows] +=", "back[m, rows] ="),
-        "crf-product-one-step": ("product[rows] +=", "product[rows] ="),
-        "crf-dsigma-cross-dropped": ("cross[m] +=", "cross[m] = 0 *")},
-    "densecrf.DenseCRF._add_parameter_gradients": {
-        "crf-dw-self-forgotten": ("forth[m] - kernel.self_weight * product", "forth[m]"),
-        "crf-dsigma-forth-dropped": ("forth[m] + back[m]", "back[m]"),
-        "crf-dsigma-back-dropped": ("forth[m] + back[m]", "forth[m]"),
-        "crf-dsigma-unweighted": ('self.params["w"][m] * dsigma', "dsigma")},
+    "permutohedral.PermutohedralLattice.blur_transpose": {
+        "lattice-blurs-not-reversed": ("reversed(self.blurs)", "self.blurs")},
     "kernels.GaussianKernel.shape_gradient": {
         "kernel-cross-sign": ("- 2 * cross", "+ 2 * cross"),
         "kernel-n-dropped": ("gradient += (", "0 * ("),
         "kernel-n-squares-dropped": ("+ K_squares", ""),
-        "kernel-kappa-dropped": ("self.self_weight * product - outer / 2", "-outer / 2")},
-    "permutohedral.PermutohedralLattice.spread_transpose": {
-        "lattice-blurs-not-reversed": ("reversed(self.blurs)", "self.blurs")},
-    "permutohedral.PermutohedralLattice.inner": {
-        "lattice-inner-not-blurred": ("self.spread(b)", "self._splat(b)")},
-    "training.accumulate_gradients": {
+        "kernel-kappa-dropped": ("self.self_weight[:, 0] * product - outer / 2", "-outer / 2")},
+    "kernels.KernelGradient.__init__": {
+        "kernel-moments-unnormalised": ("kernel.K_hat.side_by_side", "kernel.K.side_by_side")},
+    "kernels.KernelGradient.spread": {
+        "kernel-q-unmixed": ("self.mixed(first)", "first")},
+    "kernels.KernelGradient.spread_back": {
+        "kernel-transpose-forgotten": ("blur_transpose", "blur")},
+    "kernels.KernelGradient.gather": {
+        "kernel-outer-forth-dropped": ("row_sums(dz * K_q) + ", ""),
+        "kernel-outer-back-dropped": (" + row_sums(q * self.mixed(K_dz))", ""),
+        "kernel-outer-one-step": ("self.outer[rows] +=", "self.outer[rows] ="),
+        "kernel-product-unmixed": ("self.mixed(dz)", "dz"),
+        "kernel-product-one-step": ("self.product[rows] +=", "self.product[rows] ="),
+        "kernel-self-forgotten": ("K_dz -= self.kernel.self_weight[rows] * dz", "pass"),
+        "kernel-message-unweighted": ("return compatible(K_dz, self.W)", "return K_dz")},
+    "kernels.KernelGradient.add_up": {
+        "kernel-cross-one-step": ("self.cross +=", "self.cross ="),
+        "kernel-cross-of-others": ("[1:].sum(axis=1)", "[:-1].sum(axis=1)"),
+        "kernel-dw-one-step": ("self.dW +=", "self.dW =")},
+    "kernels.KernelGradient.result": {"kernel-dw-lopsided": ("(dW + dW.T) / 2", "dW"),
+        "kernel-dsigma-unweighted": (" * (self.W if isinstance(self.W, float) else 1)", "")},
+    "marginals.through_marginals": {
+        "marginals-sum-forgotten": ("(dq - mean[:, None])", "dq"),
+        "marginals-undamped": ("q / (1 + c * q) if c else q", "q"),
+        "marginals-mean-of-more-than-one": ("/ row_sums(h) if c else", "if c else")},
+    "meanfield.FeatureCRF.backward": {
+        "crf-softmax-forgotten": ("through_marginals(dq, state.q, state.c)", "dq"),
+        "crf-last-step-undamped": ("state.q, state.c", "state.q, 0")},
+    "meanfield.FeatureCRF.backward_logits": {
+        "crf-logits-undamped": ("if state.c and state.steps", "if False"),
+        "crf-logits-undivided": ("dz = weight * dz", "pass"),
+        "crf-logits-lambda-dropped": ("dz -= h * (", "0 * h * (")},
+    "meanfield.FeatureCRF._back_track": {
+        "crf-dz-dropped": ("df[rows] += dz[rows]", "pass"),
+        "crf-dz0-dropped": ("df += dz\n", "pass\n"),
+        "crf-damping-dropped": ("dq = c * dz[rows]", "dq = 0 * dz[rows]"),
+        "crf-message-sign": ("dq += kernel.gather", "dq -= kernel.gather"),
+        "crf-softmax-skipped": ("dz[rows] = through_marginals(dq, q[rows], c if t > 1 else 0)",
+                                "dz[rows] = dq"),
+        "crf-start-damped": ("c if t > 1 else 0", "c")},
+    "training.crf_gradients": {
         # "truth minus marginals" alone, back-tracking left out
-        "joint-crf-skipped": ("df = crf.backward_logits(df)", "crf.backward_logits(df)"),
-        "joint-loss-of-unary-scores": ("z = crf.logits", "z = f.copy()"),
-        "joint-share-dropped": ("dz *= dz.dtype.type(share)", "pass"),
-        "joint-upsampling-turned": ("upsample.backward(df)", "upsample.backward(df)[:, ::-1]"),
-        "joint-net-dropped": ("net.backward(dscores)", "pass")},
+        "joint-crf-skipped": ("loss, crf.backward_logits(dz), crf.grads",
+                              "loss, (crf.backward_logits(dz), dz)[1], crf.grads"),
+        "joint-loss-of-unary-scores": ("softmax_loss(crf.logits", "softmax_loss(f")},
+    "training.image_gradients": {
+        "joint-share-dropped": ("df *= df.dtype.type(share)", "pass"),
+        "joint-crf-share-dropped": ("share * g for", "g for"),
+        "joint-upsampling-turned": ("backward(df.reshape(f.shape))",
+                                    "backward(df.reshape(f.shape)[:, ::-1])")},
+    "training.accumulate_gradients": {
+        "joint-crf-one-image": ("model.crf.grads[key] += g", "model.crf.grads[key][...] = g"),
+        "joint-net-dropped": ("net.backward(array_module(scores).stack(dscores))", "pass")},
     "localcrf.LocalCRF.backward": {
         "local-truth-dropped": ("self._b - self._b_y", "self._b"),
         "local-dw-truth-dropped": ("d = P - P_y", "d = P"),

@@ -90,22 +90,64 @@ def check_losses():
         lambda _: softmax_loss(z, y)[0], z)
 
 
-def check_crf():
-    """Unary scores and all nine parameters, through five mean-field steps.
+def check_kernels():
+    """What back-tracking asks of a kernel, by the loss sum_t <dz^t, K q^t W>, for two steps t.
 
-    The exact kernel's in full.  The lattice with its widths fixed: as a function of sigma it jumps;
-    its dsigma is the moment form, and the tests hold that against the exact kernel's.
+    The lattice with its widths fixed: as a function of sigma it jumps; its dsigma is the moment
+    form, and the tests hold that against the exact kernel's.
+    """
+    from .kernels import GaussianKernel, KernelGradient, compatible
+    from .permutohedral import PermutohedralLattice
+    rng = np.random.default_rng(4)
+    lattice = PermutohedralLattice(rng.standard_normal((12, 3)))
+    a, b = rng.standard_normal((2, 12, 2))
+    yield "PermutohedralLattice: transpose", lattice.filter_transpose(a), numerical_gradient(
+        lambda _: (a * lattice.filter(b)).sum(), b, 1e-2)
+
+    N, L = 9, 3
+    features, log_sigma = rng.standard_normal((2, N)), np.log([1.2, 0.8])
+    steps = rng.standard_normal((2, 2, N, L))                            # pairs of q and dz
+    A = rng.standard_normal((L, L))
+    for name, W, exact in (("Potts", np.array(0.7), True), ("matrix", A + A.T, True),
+                           ("lattice", A + A.T, False)):
+        def kernel():
+            return GaussianKernel(features, np.exp(log_sigma), exact=exact)
+
+        def loss(_):
+            return sum((dz * compatible(kernel().filter(q), W[()])).sum() for q, dz in steps)
+
+        gradient = KernelGradient(kernel(), float(W) if W.ndim == 0 else W)
+        for q, dz in steps:
+            gradient.spread(q, dz)
+            gradient.spread_back(q, dz)
+            dq = gradient.gather(q, dz, slice(0, N))
+            gradient.add_up()
+        dW, dlog_sigma = gradient.result()
+        yield f"KernelGradient, {name}: dq", dq, numerical_gradient(loss, q, 1e-2)
+        by_differences = numerical_gradient(loss, W, 1e-2)
+        yield f"KernelGradient, {name}: dW", dW, (by_differences + by_differences.T) / 2
+        if exact:
+            yield f"KernelGradient, {name}: dlog_sigma", dlog_sigma, numerical_gradient(
+                loss, log_sigma)
+
+
+def check_crf():
+    """Unary scores and all parameters, through five mean-field steps.
+
+    The exact kernel's in full.  The lattice with its widths fixed, as in check_kernels.
     """
     from .densecrf import DenseCRF
     from .losses import softmax_loss
-    from .permutohedral import PermutohedralLattice
     rng = np.random.default_rng(2)
     H, W, L = 3, 4, 3
     f, y = rng.standard_normal((H, W, L)), rng.integers(0, L, H * W)
     image, dq = rng.uniform(0, 255, (H, W, 3)), rng.standard_normal((H, W, L))
+    A = np.array([[1., .3, -.2], [.3, .8, .1], [-.2, .1, .5]])           # a compatibility
 
     for name, w, options in (("exact", (1., 2.), dict(exact=True)), ("lattice", (1., 2.), {}),
-                             ("unnormalised", (.2, .4), dict(exact=True, normalization="none"))):
+                             ("unnormalised", (.2, .4), dict(exact=True, normalization="none")),
+                             ("matrices", (A, 2 * A), dict(exact=True)),
+                             ("damped", (A, 2 * A), dict(exact=True, damping=1.5))):
         crf = DenseCRF(L, w=w, sigma_position=(1.5, 2.),
                        sigma_bilateral=(2., 3., 100., 120., 90.), **options)
 
@@ -116,18 +158,13 @@ def check_crf():
         grads = {"scores": crf.backward_logits(loss_and_dz()[1]), **crf.grads}
         for key, value in {"scores": f, **crf.params}.items():
             if name != "lattice" or key in ("scores", "w"):
-                yield f"DenseCRF, {name}: d{key}", grads[key], numerical_gradient(
-                    lambda _: loss_and_dz()[0], value)
-    crf.forward(f, image)
-    yield "DenseCRF: dscores from dq", crf.backward(dq), numerical_gradient(
-        lambda _: (dq * crf.forward(f, image)).sum(), f)
-
-    lattice = PermutohedralLattice(rng.standard_normal((12, 3)))
-    a, b = rng.standard_normal((2, 12, 2))
-    yield "PermutohedralLattice: transpose", lattice.filter_transpose(a), numerical_gradient(
-        lambda _: (a * lattice.filter(b)).sum(), b, 1e-2)
-    yield "PermutohedralLattice: inner", lattice.filter(b), numerical_gradient(
-        lambda _: lattice.inner(a, b), a, 1e-2)
+                by_differences = numerical_gradient(lambda _: loss_and_dz()[0], value)
+                if key == "w" and value.ndim == 3:                       # its symmetric part
+                    by_differences = (by_differences + by_differences.swapaxes(1, 2)) / 2
+                yield f"DenseCRF, {name}: d{key}", grads[key], by_differences
+        crf.forward(f, image)
+        yield f"DenseCRF, {name}: dscores from dq", crf.backward(dq), numerical_gradient(
+            lambda _: (dq * crf.forward(f, image)).sum(), f)
 
 
 def check_local():
@@ -178,7 +215,7 @@ def check_model():
     yield "joint training step: 3 directions", along, numerical_gradient(loss, steps, 1e-7)
 
 
-def run(checks=(check_layers, check_losses, check_crf, check_local, check_model)):
+def run(checks=(check_layers, check_losses, check_kernels, check_crf, check_local, check_model)):
     """Print the table; returns the names of the rows that failed."""
     print(f"{'name':45}{'elements':>8}{'largest relative error':>25}")
     failed = []
