@@ -45,7 +45,7 @@ def run_program(name, function, *arguments):
     What a user did wrong ends in one line on stderr and code 2, Ctrl-C and SIGTERM in code 130.
     """
     for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)   # logs tell at once
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
     code = 2
