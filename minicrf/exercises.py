@@ -49,7 +49,7 @@ BUGS = {
         "kernel-message-unweighted": ("return compatible(K_dz, self.W)", "return K_dz")},
     "kernels.KernelGradient.add_up": {
         "kernel-cross-one-step": ("self.cross +=", "self.cross ="),
-        "kernel-cross-of-others": ("[1:].sum(axis=1)", "[:-1].sum(axis=1)"),
+        "kernel-cross-of-others": ("(products)[1:]", "(products)[:-1]"),
         "kernel-dw-one-step": ("self.dW +=", "self.dW =")},
     "kernels.KernelGradient.result": {"kernel-dw-lopsided": ("(dW + dW.T) / 2", "dW"),
         "kernel-dsigma-unweighted": (" * (self.W if isinstance(self.W, float) else 1)", "")},

@@ -10,6 +10,7 @@ import numpy as np
 from .arrays import array_module, row_sums, to_host
 from .permutohedral import PermutohedralLattice
 
+FEATURES_AT_ONCE = 3   # that the CPU splats side by side: more of them leave its cache
 TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
 
 
@@ -99,22 +100,23 @@ class KernelGradient:
     def __init__(self, kernel, W):
         xp, self.kernel, self.W = array_module(kernel.features), kernel, W
         one = xp.ones_like(kernel.features[:1])                              # (1, N)
-        self.moments = kernel.K_hat.side_by_side(xp.concatenate([one, kernel.features]))
+        weights = xp.concatenate([one, kernel.features])                     # (1+d, N)
+        each = len(weights) if xp is not np else FEATURES_AT_ONCE
+        self.moments = [kernel.K_hat.side_by_side(weights[first:first + each])
+                        for first in range(0, len(weights), each)]
         self.outer, self.product = xp.zeros((2, one.size), dtype=np.float64)             # (N,)
         self.dW, self.cross, self.dW_of_rows = 0, 0, {}
 
     def spread(self, q, dz):
-        """K_hat [q, F_1 q, ... F_d q] before slicing."""
-        v = self.moments.blur(self.moments.splat(q))                         # (P, (1+d)*L)
-        self.q_moments = v.reshape(len(v), -1, q.shape[1])                   # (P, 1+d, L)
-        first = array_module(v).ascontiguousarray(self.q_moments[:, 0])
+        """K_hat [q, F_1 q, ... F_d q] before slicing, a few of them at once."""
+        self.q_moments = [K.blur(K.splat(q)) for K in self.moments]          # each (P, k*L)
+        first = array_module(q).ascontiguousarray(self.q_moments[0][:, :q.shape[1]])
         self.K_q = self.mixed(first)                                         # (P, L)
 
     def spread_back(self, q, dz):
         """[dz, F_1 dz, ... F_d dz] after splatting, and K_hat^T dz before slicing."""
-        v = self.moments.splat(dz)                                           # (P, (1+d)*L)
-        self.dz_moments = v.reshape(len(v), -1, dz.shape[1])                 # (P, 1+d, L)
-        self.K_dz = self.kernel.K_hat.blur_transpose(self.dz_moments[:, 0])  # (P, L)
+        self.dz_moments = [K.splat(dz) for K in self.moments]                # each (P, k*L)
+        self.K_dz = self.kernel.K_hat.blur_transpose(self.dz_moments[0][:, :dz.shape[1]])
 
     def gather(self, q, dz, rows):
         """K^T dz W at a block of rows: (rows, L).  q, dz: those rows of both."""
@@ -131,8 +133,10 @@ class KernelGradient:
 
     def add_up(self):
         """cross_k += <F_k dz, K_hat F_k q W>, and dW from the blocks of rows, in their order."""
-        products = self.dz_moments * self.mixed(self.q_moments)              # (P, 1+d, L)
-        self.cross += products.sum(axis=0, dtype=np.float64)[1:].sum(axis=1)             # (d,)
+        shape = len(self.K_q), -1, self.K_q.shape[1]
+        products = [(dz.reshape(shape) * self.mixed(q.reshape(shape))).sum(0, dtype=np.float64)
+                    for dz, q in zip(self.dz_moments, self.q_moments)]       # each (k, L)
+        self.cross += array_module(self.K_q).concatenate(products)[1:].sum(axis=1)  # (d,)
         self.dW += sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
 
     def mixed(self, x):
