@@ -29,7 +29,8 @@ EXCERPTS = [each for page in PAGES.values() for each in
             re.findall(r"^\*`([^`]+)`, `([^`]+)`\*\n+```python\n(.*?)^```", page, re.M | re.S)]
 EXAMPLES = [each for page in PAGES.values() for each in
             re.findall(r"^```python\n(>>> .*?)^```", page, re.M | re.S)]
-PROSE = re.sub(r"^```.*?^```\n", "", LESSON, flags=re.M | re.S)
+# but for the section on another library's names, which tests/test_recipes.py runs
+PROSE = re.sub(r"^```.*?^```\n|^## 16\. .*?(?=^## )", "", LESSON, flags=re.M | re.S)
 CODE = re.findall(r"`([^`\n]+)`", PROSE)                 # inline code, in the order of the text
 INDEX = LESSON.partition("## Index")[2].partition("\n## ")[0]
 
@@ -244,6 +245,27 @@ def test_the_index_leads_from_every_equation_and_figure_to_code_and_a_test():
     wanted += [f"Sec. 3.1, {what} " for what in ("$\\mu^{(m)}$", "CCCP", "Newton")]
     for start in wanted:
         assert any(row.startswith(f"| {start}") for row in rows), start
+
+
+def test_the_index_names_functions_of_the_files_that_it_links_to():
+    """The one hop: each name of the column `fast` is defined in the file linked before it."""
+    plain = {*definitions("minicrf/plain.py"), "NET"}
+    found = 0
+    for line in INDEX.splitlines():
+        cells = re.split(r" ?\| ", line)
+        if not re.match(r"\| (Eq|Fig|Sec|Table|below)", line):
+            continue
+        assert {*re.findall(r"`(\w+)`", cells[3])} - {"W", "c", "backward"} <= plain, line
+        parts = re.split(r"\]\(([^)]+)\)", cells[4])       # text, link, text, link, text
+        assert "`" not in parts[0], line
+        for link, names in zip(parts[1::2], parts[2::2]):
+            path = (ROOT / "minicrf" / link).resolve().relative_to(ROOT)
+            for name in set(re.findall(r"`([\w.]+)`", names)) - {"damping"}:
+                assert name in definitions(path), (line, name)
+                found += 1
+            for comment in re.findall(r'"(Step \d)"', names):
+                assert f"# {comment}:" in (ROOT / path).read_text("utf-8"), line
+    assert found > 40
 
 
 def help_of(main, capsys):

@@ -5,11 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from minicrf import (DenseCRF, FeatureCRF, scores_from_labels, scores_from_probabilities)
+from minicrf import DenseCRF, FeatureCRF, scores_from_labels, scores_from_probabilities
 from minicrf.data import toy
 from minicrf.losses import softmax
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 H, W, L = 24, 32, 6
 
 
@@ -68,74 +69,130 @@ def test_the_recipe_trains_a_network_through_the_crf(recipe):
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255)
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        crf.values[0].data.clamp_(min=0)
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
     assert all((value != old).any() for value, old in zip(crf.values, before))
 
 
-# pydensecrf
+# pydensecrf: the rows of the table that ends minicrf/README.md
 
-def theirs(scores, steps=5, *add):
-    """Marginals (H, W, L) by pydensecrf of scores; add: functions that add a kernel each."""
+def test_every_name_in_the_table_is_used_here():
+    lesson, here = (ROOT / "minicrf/README.md").read_text("utf-8"), pathlib.Path(__file__)
+    table = lesson.partition("## 16.")[2].partition("## ")[0]
+    names = {name for code in re.findall("`([^`]+)`", table)
+             for name in re.findall("[A-Za-z_]{3,}", code)}
+    assert len(names) > 30
+    assert names <= {*re.findall(r"\w+", here.read_text("utf-8"))}
+
+
+def theirs(scores, *kernels):
+    """Their CRF of scores (H, W, L); kernels: functions that add one each."""
     densecrf = pytest.importorskip("pydensecrf.densecrf")
     crf = densecrf.DenseCRF2D(W, H, L)
     crf.setUnaryEnergy(np.ascontiguousarray(-scores.reshape(-1, L).T))
-    for each in add:
-        each(crf, densecrf)
-    return np.array(crf.inference(steps)).T.reshape(H, W, L), crf
+    for add in kernels:
+        add(crf)
+    return crf
 
 
-@pytest.mark.parametrize("normalization", ["symmetric", "none"])
-def test_inference_is_pydensecrfs(normalization):
+def both_kernels(image, **options):
+    """What adds their two kernels, with widths that differ by direction and channel."""
+    return (lambda crf: crf.addPairwiseGaussian(sxy=(3, 5), compat=3, **options),
+            lambda crf: crf.addPairwiseBilateral(sxy=(20, 10), srgb=(13, 20, 7), rgbim=image,
+                                                 compat=10, **options))
+
+
+def ours(**options):
+    return DenseCRF(L, **{"w": (3, 10), "sigma_position": (3, 5), "exclude_self": False,
+                          "sigma_bilateral": (20, 10, 13, 20, 7), **options})
+
+
+def as_image(Q):
+    return np.array(Q).T.reshape(H, W, L)
+
+
+def assert_same(q, Q):
+    assert abs(q - as_image(Q)).mean() < 1e-7
+
+
+@pytest.mark.parametrize("ours, theirs_", [("symmetric", "NORMALIZE_SYMMETRIC"),
+                                           ("none", "NO_NORMALIZATION")])
+def test_inference_and_normalisations(ours, theirs_):
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
     image, _, scores = picture()
-    w = (3, 10) if normalization == "symmetric" else (0.05, 0.1)
-
-    def kernels(crf, densecrf):
-        kind = {"symmetric": densecrf.NORMALIZE_SYMMETRIC, "none": densecrf.NO_NORMALIZATION}
-        options = dict(normalization=kind[normalization])
-        crf.addPairwiseGaussian(sxy=3, compat=w[0], **options)
-        crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=w[1], **options)
-    expected, _ = theirs(scores, 5, kernels)
-    crf = DenseCRF(L, w=w, sigma_position=3, sigma_bilateral=(80, 13), iterations=5,
-                   exclude_self=False, normalization=normalization)
-    assert abs(crf.forward(scores, image) - expected).mean() < 1e-7
-    # stepInference
-    crf.iterations = 2
-    assert abs(crf.forward(scores, image) - theirs(scores, 2, kernels)[0]).mean() < 1e-7
+    options = dict(normalization=getattr(densecrf, theirs_))
+    w = (3, 10) if ours == "symmetric" else (0.05, 0.1)
+    crf = theirs(scores,
+                 lambda crf: crf.addPairwiseGaussian(sxy=3, compat=w[0], **options),
+                 lambda crf: crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=w[1],
+                                                      **options))
+    q = DenseCRF(L, w=w, sigma_position=3, sigma_bilateral=(80, 13), iterations=5,
+                 exclude_self=False, normalization=ours).forward(scores, image)
+    assert_same(q, crf.inference(5))
 
 
-def test_a_matrix_of_energies_is_the_negative_of_ours():
+def test_widths_of_each_direction_and_channel_step_by_step():
     image, _, scores = picture()
-    matrix = np.random.default_rng(1).uniform(0, 3, (L, L))
-    matrix = (matrix + matrix.T).astype(np.float32)
-    expected, _ = theirs(scores, 5, lambda crf, _: crf.addPairwiseGaussian(
-        sxy=3, compat=-matrix))
-    crf = DenseCRF(L, w=[matrix], sigma_position=3, sigma_bilateral=None, exclude_self=False)
-    assert abs(crf.forward(scores, image) - expected).mean() < 1e-6
+    crf, mine = theirs(scores, *both_kernels(image)), ours()
+    Q, *scratch = crf.startInference()
+    for mine.iterations in range(4):
+        assert_same(mine.forward(scores, image), Q)
+        crf.stepInference(Q, *scratch)
+
+
+def test_their_divergence_counts_pairs_twice_and_pixels_with_themselves():
+    image, _, scores = picture()
+    crf, mine = theirs(scores, *both_kernels(image)), ours(iterations=2)
+    Q, *scratch = crf.startInference()
+    for _ in range(2):
+        crf.stepInference(Q, *scratch)
+    q = mine.forward(scores, image)
+    alone = (q * (np.log(q) - scores)).sum(dtype=float)
+    itself = sum(w_m * float((kernel.diagonal[:, None] * q.reshape(-1, L)**2).sum())
+                 for w_m, kernel in zip((3, 10), mine.state.kernels))
+    expected = alone + 2 * (mine.free_energy(q, scores, image) - alone) - itself
+    np.testing.assert_allclose(crf.klDivergence(Q), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(L,), (L, L)], ids=["vector", "matrix"])
+def test_compatibilities_are_energies_there_and_scores_here(shape):
+    image, _, scores = picture()
+    compat = -np.random.default_rng(1).uniform(0, 3, shape).astype(np.float32)
+    if len(shape) == 2:
+        compat += compat.T
+    crf = theirs(scores, lambda crf: crf.addPairwiseGaussian(sxy=3, compat=compat))
+    w = [-np.diag(compat) if len(shape) == 1 else -compat]
+    mine = DenseCRF(L, w=w, sigma_position=3, sigma_bilateral=None, exclude_self=False)
+    assert_same(mine.forward(scores, image), crf.inference(5))
 
 
 def test_features_of_ones_own():
-    pytest.importorskip("pydensecrf")
-    from pydensecrf.utils import create_pairwise_bilateral
+    utils = pytest.importorskip("pydensecrf.utils")
     image, _, scores = picture()
-    features = create_pairwise_bilateral((9, 7), (20, 20, 20), image, chdim=2)       # (5, N)
-    expected, _ = theirs(scores, 5, lambda crf, _: crf.addPairwiseEnergy(features, compat=4))
-    crf = FeatureCRF(L, w=(4.,), sigmas=[[1.] * 5], exclude_self=False)
-    got = crf.forward(scores.reshape(-1, L), [np.ascontiguousarray(features.T)])
-    # their features come y first: another order is another lattice
-    y_first = expected.reshape(-1, L)
-    assert abs(got - y_first).mean() < 1e-6
+    position = utils.create_pairwise_gaussian((5, 3), (H, W))                        # (2, N)
+    features = utils.create_pairwise_bilateral((10, 20), (13, 20, 7), image, chdim=2)    # (5, N)
+    crf = theirs(scores, lambda crf: crf.addPairwiseEnergy(position, compat=3),
+                 lambda crf: crf.addPairwiseEnergy(features, compat=10))
+    mine = FeatureCRF(L, w=(3, 10), sigmas=[[1.] * 2, [1.] * 5], exclude_self=False)
+    q = mine.forward(scores.reshape(-1, L), [position.T, features.T])
+    Q = crf.inference(5)
+    assert_same(q.reshape(H, W, L), Q)
+    assert abs(ours().forward(scores, image) - as_image(Q)).mean() > 1e-4    # x first
 
 
 def test_their_unary_helpers():
     utils = pytest.importorskip("pydensecrf.utils")
     rng = np.random.default_rng(0)
     p = softmax(5 * rng.standard_normal((H, W, L))).astype(np.float32)
-    energy = utils.unary_from_softmax(p.reshape(-1, L).T, clip=1e-5)
-    np.testing.assert_allclose(scores_from_probabilities(p, floor=1e-5).reshape(-1, L).T, -energy,
-                               rtol=1e-5)
+    for scale, mixed in ((None, p), (0.7, 0.7 * p + (1 - 0.7) / L)):
+        energy = utils.unary_from_softmax(p.reshape(-1, L).T, scale)
+        mine = scores_from_probabilities(mixed, floor=1e-5)
+        np.testing.assert_allclose(mine.reshape(-1, L).T, -energy, rtol=1e-5, atol=1e-6)
     y = rng.integers(0, L + 1, (H, W))                                   # 0: unsure
-    for ours, unsure in ((scores_from_labels(y - 1, L, 0.7, unknown=-1), True),
-                         (scores_from_labels(y % L, L, 0.7, unknown=None), False)):
-        energy = utils.unary_from_labels(y if unsure else y % L, L, 0.7, zero_unsure=unsure)
-        np.testing.assert_allclose(softmax(ours).reshape(-1, L).T, softmax(-energy.T).T, atol=1e-6)
+    for mine, energy in (
+            (scores_from_labels(y - 1, L, 0.7, unknown=-1),
+             utils.unary_from_labels(y, L, gt_prob=0.7)),
+            (scores_from_labels(y % L, L, 0.7, unknown=None),
+             utils.unary_from_labels(y % L, L, 0.7, zero_unsure=False))):
+        np.testing.assert_allclose(softmax(mine).reshape(-1, L), softmax(-energy.T), atol=1e-6)
