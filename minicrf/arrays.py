@@ -18,6 +18,8 @@ except ImportError:
 SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
 THREADS = min(4, os.cpu_count() or 1)
 POOL = ThreadPoolExecutor(THREADS)
+# run_voc.py tells OpenBLAS, NumPy's matrix library, to use one: threads of ours are better placed
+BLAS_HAS_THREADS = os.environ.get("OPENBLAS_NUM_THREADS") != "1"
 
 
 def _new_pool():
@@ -39,13 +41,15 @@ def sparse_module(x):
     return scipy.sparse if array_module(x) is np else cupyx.scipy.sparse
 
 
-def for_each(function, items, x):
+def for_each(function, items, x, products=False):
     """[function(item) for each item], where the work is on the array x: on the CPU in threads.
 
     No call may write what another one reads or writes: then the number of threads does not matter.
-    Nor may it call for_each itself.
+    Nor may it call for_each itself.  products: the work is matrix products, which go one by one
+    where the matrix library has threads of its own: theirs and ours would get in each other's way.
     """
-    if array_module(x) is np and len(items) > 1 and x.size > SMALL:
+    one_by_one = array_module(x) is not np or products and BLAS_HAS_THREADS
+    if not one_by_one and len(items) > 1 and x.size > SMALL:
         return list(POOL.map(function, items))
     return [function(item) for item in items]
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from minicrf import optim, vgg
-from minicrf.arrays import THREADS, array_module
-from minicrf.im2col import block_rows
-from minicrf.layers import PLANE_BYTES, Conv2d, Dropout, MaxPool2d
+from minicrf.arrays import BLAS_HAS_THREADS, THREADS, array_module
+from minicrf.im2col import blocks
+from minicrf.layers import PIECE_BYTES, Conv2d, Dropout, MaxPool2d
 
 
 def training_bytes(net, batch_size):
@@ -19,11 +19,17 @@ def training_bytes(net, batch_size):
     fc8 = net["fc8"].params["w"]
     xp, item = array_module(fc8), fc8.itemsize
 
-    def columns(C, S, kernel):                      # a block of them, and the image padded
-        if kernel == 1:
-            return 0
-        column = C * kernel ** 2 * item
-        return column * S * block_rows(column, S, S, xp) + C * (S + 2) ** 2 * item
+    on_cpu = xp is np
+    at_once = 1 if not on_cpu or BLAS_HAS_THREADS else THREADS      # blocks in work
+
+    def product(C_out, C_in, S, layer):     # of one block: columns, what they are of, result
+        every = blocks(np.broadcast_to(fc8.dtype.type(0), (batch_size, C_out, S, S)),
+                       C_in * layer.kernel ** 2)
+        images, rows = every[0]
+        cells = (images.stop - images.start) * S * (rows.stop - rows.start)
+        block = (C_in * (layer.kernel ** 2 + 1) + C_out) * cells * item
+        parts = min(4 if on_cpu else 1, len(every))
+        return min(at_once, parts) * block, parts + min(at_once, parts)
 
     C, S = 3, net.input_size
     held, peak = batch_size * C * S ** 2 * item, 0
@@ -32,13 +38,13 @@ def training_bytes(net, batch_size):
         C = len(layer.params["b"]) if isinstance(layer, Conv2d) else C
         dx, dy = batch_size * C_in * S_in ** 2 * item, batch_size * C * S ** 2 * item
         kept = working = 0
-        if isinstance(layer, Conv2d):               # dw is summed up, dx needs the kernel turned
+        if isinstance(layer, Conv2d):               # dw is summed up in parts, w turned for dx
             kept = dy
-            working = layer.params["w"].nbytes + max(columns(C_in, S_in, layer.kernel),
-                                                     columns(C, S, layer.kernel) + dx)
+            block, sums = product(C_in, C, S_in, layer)
+            working = (sums + 1) * layer.params["w"].nbytes + block + dx
         elif isinstance(layer, MaxPool2d):          # kept: its output, and the winning taps
             kept = dy + dy // item                  # in work: padded, compared with, multiplied
-            working = dx + 3 * (min(dx, THREADS * PLANE_BYTES) if xp is np else dx)
+            working = dx + 3 * (min(dx, THREADS * PIECE_BYTES) if xp is np else dx)
         elif isinstance(layer, Dropout) and layer.rate:
             kept = working = dy // item             # as large as dy: the draw, on the way there
         peak = max(peak, held + dy + working)
