@@ -3,13 +3,15 @@
     python run_voc.py                                    a drawn toy set, three minutes on a laptop
 """
 # flake8: noqa: E402
+import os
 import signal
 
+if (os.cpu_count() or 1) <= 4:       # threads of ours serve few cores better than OpenBLAS' own
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")               # NumPy's import looks here
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)         # an import has nothing to tell of Ctrl-C
 
 import argparse
-import os
 import sys
 import time
 import zlib
@@ -21,13 +23,11 @@ from minicrf import DenseCRF, LocalCRF, training, vgg
 from minicrf.arrays import gpu_available, peak_memory, use_tf32
 from minicrf.data import loading, toy, voc, weights
 from minicrf.files import locked
-from minicrf.program import (WEIGHT, WIDTH, Parser, number, path, run_program,
-                             undisturbed)
+from minicrf.program import WEIGHT, WIDTH, Parser, number, path, run_program, undisturbed
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
-# The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.  What
-# a pixel hears from all others makes its marginals steeper in the scores: joint training bears a
-# fraction of the unary rate, and starts at weights under those that are best with nothing learned.
+# The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.
+# Joint training starts at weights under those that are best with nothing learned.
 def by_stage(unary, joint, piecewise):
     return {"unary": unary, "local": joint, "piecewise": piecewise, "joint": joint}
 

@@ -17,14 +17,22 @@ except ImportError:
     cupy = None
 
 SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
+PIECE_BYTES = 2 ** 21   # of what a thread pools or rectifies at a time: it stays in its cache
 BLOCK = 2 ** 13         # rows that a thread works on at a time: few enough for its cache
 THREADS = min(4, os.cpu_count() or 1)
 WORKER = threading.local()              # tells a thread of the pool that it is one
+# run_voc.py tells OpenBLAS, NumPy's matrix library, to use one: threads of ours are better placed
+BLAS_HAS_THREADS = os.environ.get("OPENBLAS_NUM_THREADS") != "1"
+
+
+def _begin_thread():
+    WORKER.busy = True
+    np.seterr(over="ignore", invalid="ignore")      # who asks for the result sees what is not finite
 
 
 def _new_pool(threads=THREADS):
     global POOL
-    POOL = ThreadPoolExecutor(threads, initializer=lambda: setattr(WORKER, "busy", True))
+    POOL = ThreadPoolExecutor(threads, initializer=_begin_thread)
 
 
 _new_pool()
@@ -42,16 +50,18 @@ def sparse_module(x):
     return scipy.sparse if array_module(x) is np else cupyx.scipy.sparse
 
 
-def for_each(function, items, x, work=None):
+def for_each(function, items, x, work=None, products=False):
     """[function(item) for each item], where the work is on the array x: on the CPU in threads.
 
     work: elements to be worked on, those of x by default; a few are not worth a thread.
+    products: the work is matrix products, which go one by one where the matrix library has threads
+    of its own: theirs and ours would get in each other's way.
 
     No call may write what another one reads or writes: then the number of threads does not matter.
     A call of for_each within one of these threads does its work there.
     """
     alone = (array_module(x) is not np or (work or x.size) <= SMALL
-             or getattr(WORKER, "busy", False))
+             or products and BLAS_HAS_THREADS or getattr(WORKER, "busy", False))
     return list(map(function, items) if alone else POOL.map(function, items))
 
 
@@ -59,6 +69,14 @@ def blocks(n, x):
     """Slices that n rows are worked on by, for work on the array x: all at once on a GPU."""
     size = BLOCK if array_module(x) is np else n
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def pieces(x):
+    """Slices of x's first axis: megabytes each, to stay in the cache; all at once on a GPU."""
+    each = len(x)
+    if array_module(x) is np:
+        each = max(1, PIECE_BYTES * len(x) // max(x.nbytes, 1))
+    return [slice(start, start + each) for start in range(0, len(x), each)]
 
 
 def row_sums(x):

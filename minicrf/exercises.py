@@ -11,10 +11,10 @@ import textwrap
 # function: {name: (right text, the wrong one that --break puts in its place)}
 BUGS = {
     "layers.Conv2d.backward": {
-        "conv-dw-sign": ("dw_matrix +=", "dw_matrix -="),
-        "conv-db-dropped": ("cells_dy.sum(axis=(0, 2))", "0"),
+        "conv-dw-sign": ("dw += dturned", "dw -= dturned"),
+        "conv-db-dropped": ("dy.reshape(len(dy), O, -1).sum(axis=2).sum(axis=0)", "0"),
         "conv-dx-not-turned": ("w[:, :, ::-1, ::-1]", "w")},
-    "layers.ReLU.backward": {"relu-mask-dropped": ("y > 0", "y >= 0")},
+    "layers.ReLU.backward": {"relu-mask-dropped": ("y[p] > 0", "y[p] >= 0")},
     "layers.MaxPool2d.backward": {"pool-to-all-taps": ("(winner[p] == number)", "1")},
     "layers.Dropout.backward": {
         "dropout-mask-dropped": ("dy *= kept", "pass"),

@@ -1,80 +1,92 @@
 """A convolution as one matrix product: the values under the kernel, laid out in columns (im2col).
 
 Block by block: the columns of a whole photograph would not fit into a processor's cache.
-Legend: B images, C input channels, O output channels, H x W pixels, k kernel size.
+Legend: B images, C channels, H x W pixels, k kernel size; a block is n rows of m images, n*W cells
+of each, and its matrices have these m*n*W cells side by side.
 """
 import numpy as np
 
 from .arrays import array_module, for_each
 
+GPU_BYTES, CPU_BYTES = 2 ** 28, 2 ** 22     # of a block's columns
+CPU_CELLS = 800                             # at least: a product wants width
 
-def pad(x, before, after, value=0):
-    """x (..., H, W) with `before` and `after` rows and columns of `value` around it."""
-    if before == after == 0:
-        return x
+
+def blocks(y, taps):
+    """[(images, rows)], slices: a few rows of a large map or several small maps, each cell once.
+
+    y: (B, C, H, W); taps: the length of a column.  On the CPU no block has more than a quarter of
+    the images, to keep threads busy.
+    """
+    B, _, H, W = y.shape
+    if array_module(y) is np:
+        cells, most = max(CPU_CELLS, CPU_BYTES // (taps * y.itemsize)), -(-B // 4)
+    else:
+        cells, most = GPU_BYTES // (taps * y.itemsize), B
+    n = min(H, max(1, cells // W))
+    m = min(most, max(1, cells // (H * W)))
+    return [(slice(b, min(b + m, B)), slice(top, min(top + n, H)))
+            for b in range(0, B, m) for top in range(0, H, n)]
+
+
+def columns(x, block, kernel, dilation, padding):
+    """The values of x that the kernel sees from each output cell of the block: (C*k*k, m*n*W_out).
+
+    x: (B, C, H, W), padded with `padding` zeros on every side.  One copy, from a view in which a
+    value stands as often as the kernel sees it.
+    """
     xp = array_module(x)
+    images, rows = block
+    reach = (kernel - 1) * dilation
+    first, last = rows.start - padding, rows.stop - padding + reach      # input rows, or beyond
+    seen = x[images, :, max(first, 0):max(last, 0)]
+    if padding:
+        m, C, inside, W = seen.shape
+        above = max(-first, 0)
+        padded = xp.zeros((m, C, last - first, W + 2 * padding), x.dtype)
+        padded[:, :, above:above + inside, padding:padding + W] = seen
+        seen = padded
+    m, C, height, width = seen.shape
+    image, channel, row, cell = seen.strides
+    view = xp.lib.stride_tricks.as_strided(
+        seen, (C, kernel, kernel, m, height - reach, width - reach),
+        (channel, dilation * row, dilation * cell, image, row, cell))
+    return view.reshape(C * kernel * kernel, -1)                         # (C*k*k, m*n*W_out)
+
+
+def pad(x, before, after, value):
+    """x (..., H, W) with `before` and `after` rows and columns of `value` around it."""
     *leading, H, W = x.shape
-    padded = xp.full((*leading, H + before + after, W + before + after), value, x.dtype)
+    shape = *leading, H + before + after, W + before + after
+    padded = array_module(x).full(shape, value, x.dtype)
     padded[..., before:before + H, before:before + W] = x
     return padded
 
 
-def block_rows(column_bytes, H_out, W_out, xp):
-    """Output rows of a block: 256 MB on a GPU; on the CPU 8 MB, but 800 cells for the product."""
-    cells = 2 ** 28 // column_bytes
-    if xp is np:
-        cells = min(cells, max(800, 2 ** 23 // column_bytes))
-    return min(H_out, max(1, cells // W_out))
+def read(y, block):
+    """The block's cells of y (B, C, H, W): a matrix (C, m*n*W)."""
+    images, rows = block
+    return y[images, :, rows].swapaxes(0, 1).reshape(y.shape[1], -1)     # (C, m*n*W)
 
 
-def column_blocks(x, kernel, dilation, padding):
-    """Yield (b, cells, columns): the input values under the kernel, for a block of output cells.
+def write(y, block, values):
+    """Put the matrix `values` (C, m*n*W) into the block's cells of y (B, C, H, W)."""
+    images, rows = block
+    cells = y[images, :, rows].swapaxes(0, 1)                            # (C, m, n, W), a view
+    cells[...] = values.reshape(cells.shape)                             # (C, m, n, W)
 
-    x: (B, C, H, W).  b: image; cells: slice of its flattened output map; columns: (C*k*k, n), whose
-    column i holds the C x k x k values that output cell i is computed from.  A block is a few rows;
-    all blocks share one buffer, so each is valid until the next one is asked for.
+
+def sum_of(function, blocks, x):
+    """The sum of function(block), an array, over all blocks; the work is on the array x.
+
+    On the CPU in four threads' worth of parts, however many threads there are: the order in which
+    floats are added stays the same.
     """
-    xp = array_module(x)
-    B, C, H, W = x.shape
-    if kernel == 1 and padding == 0:                                     # nothing to gather
-        for b in range(B):
-            yield b, slice(0, H * W), x[b].reshape(C, H * W)             # (C, n)
-        return
-    reach = (kernel - 1) * dilation
-    H_out, W_out = H + 2 * padding - reach, W + 2 * padding - reach
-    taps = C * kernel * kernel
-    rows = block_rows(taps * x.itemsize, H_out, W_out, xp)
-    buffer = xp.empty(taps * rows * W_out, x.dtype)
-    for b in range(B):
-        image = pad(x[b], padding, padding)                              # (C, H+2p, W+2p)
-        for top in range(0, H_out, rows):
-            n = min(rows, H_out - top)
-            columns = buffer[:taps * n * W_out].reshape(C, kernel, kernel, n, W_out)
+    def part(some):
+        total = function(some[0])
+        for block in some[1:]:
+            total += function(block)
+        return total
 
-            def gather(c):
-                for i in range(kernel):
-                    for j in range(kernel):
-                        y0, x0 = top + i * dilation, j * dilation
-                        columns[c, i, j] = image[c, y0:y0 + n, x0:x0 + W_out]
-
-            for_each(gather, [slice(0, C // 2), slice(C // 2, C)], columns)
-            yield b, slice(top * W_out, (top + n) * W_out), columns.reshape(taps, n * W_out)
-
-
-def correlate(x, w, dilation, padding, b=None):
-    """y[., o, h, v] = b_o + sum over c, i, j of w[o, c, i, j] x[., c, h + i*delta, v + j*delta].
-
-    x: (B, C, H, W), padded with `padding` zeros on every side; w: (O, C, k, k); delta: dilation;
-    b: (O,) or None.  Returns y (B, O, H_out, W_out), H_out = H + 2 padding - (k - 1) dilation.
-    """
-    xp = array_module(x)
-    O, _, kernel, _ = w.shape
-    shrink = (kernel - 1) * dilation - 2 * padding
-    y = xp.empty((len(x), O, x.shape[2] - shrink, x.shape[3] - shrink), x.dtype)
-    flat = y.reshape(len(x), O, -1)                                      # a view
-    for image, cells, columns in column_blocks(x, kernel, dilation, padding):
-        block = flat[image, :, cells]                                    # (O, n), a view
-        xp.matmul(w.reshape(O, -1), columns, out=block)                  # (O, C*k*k) @ (C*k*k, n)
-        if b is not None:
-            block += b[:, None]
-    return y
+    parts = min(4 if array_module(x) is np else 1, len(blocks))
+    return sum(for_each(part, [blocks[i::parts] for i in range(parts)], x, products=True))

@@ -6,10 +6,8 @@ Legend: B images, C input channels, O output channels, H x W pixels, k kernel si
 """
 import numpy as np
 
-from .arrays import array_module, for_each
-from .im2col import column_blocks, correlate, pad
-
-PLANE_BYTES = 2 ** 21     # of planes that a thread pools at a time: they stay in its cache
+from .arrays import array_module, for_each, pieces
+from .im2col import blocks, columns, pad, read, sum_of, write
 
 
 class Layer:
@@ -57,29 +55,48 @@ class Conv2d(Layer):
         """x (B, C, H, W) -> y (B, O, H_out, W_out)."""
         if train:
             self.x = x
-        return correlate(x, self.params["w"], self.dilation, self.padding[0], self.params["b"])
+        w, b = self.params["w"], self.params["b"]
+        O, C, k, _ = w.shape
+        y = array_module(x).empty((len(x), O, *map(self.output_size, x.shape[2:])), x.dtype)
+
+        def multiply(block):
+            under = columns(x, block, k, self.dilation, self.padding[0])         # (C*k*k, m*n*W)
+            write(y, block, w.reshape(O, -1) @ under + b[:, None])
+
+        for_each(multiply, blocks(y, taps=C * k * k), y, products=True)
+        return y
 
     def backward(self, dy):
         """dy (B, O, H_out, W_out) -> dx (B, C, H, W), or None where needs_dx is False."""
-        xp = array_module(dy)
         x, self.x = self.x, None
         w, dw = self.params["w"], self.grads["w"]
-        O = len(w)
-        cells_dy = dy.reshape(len(dy), O, -1)                            # (B, O, H_out*W_out)
+        O, C, k, _ = w.shape
 
         # forward: y = w columns(x) + b
-        self.grads["b"] += cells_dy.sum(axis=(0, 2))
-        dw_matrix = dw.reshape(O, -1)                                    # (O, C*k*k), a view
-        for image, cells, columns in column_blocks(x, self.kernel, self.dilation, self.padding[0]):
-            dw_matrix += cells_dy[image, :, cells] @ columns.T
+        self.grads["b"] += dy.reshape(len(dy), O, -1).sum(axis=2).sum(axis=0)
         if not self.needs_dx:
+            def dw_of(block):
+                under = columns(x, block, k, self.dilation, self.padding[0])     # (C*k*k, m*n*W)
+                return under @ read(dy, block).T                         # faster than dy under^T
+
+            dw += sum_of(dw_of, blocks(dy, taps=C * k * k), dy).T.reshape(w.shape)
             return None
 
         # Input cell c reaches output cell c - tap: dx is dy correlated with the kernel turned by
-        # 180 degrees, channels exchanged, padded so that sizes come out as they went in.
-        turned = xp.ascontiguousarray(w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))   # (C, O, k, k)
-        return correlate(dy, turned, self.dilation,
-                         (self.kernel - 1) * self.dilation - self.padding[0])
+        # 180 degrees, channels exchanged, padded so that sizes come out as they went in.  The same
+        # columns of dy, times x, make the turned kernel's gradient.
+        dx = array_module(x).empty_like(x)
+        turned = w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3).reshape(C, -1)        # (C, O*k*k)
+
+        def dw_and_dx_of(block):
+            reached = columns(dy, block, k, self.dilation,               # (O*k*k, m*n*W)
+                              (k - 1) * self.dilation - self.padding[0])
+            write(dx, block, turned @ reached)
+            return reached @ read(x, block).T
+
+        dturned = sum_of(dw_and_dx_of, blocks(dx, taps=O * k * k), dx).reshape(O, k, k, C)
+        dw += dturned[:, ::-1, ::-1].transpose(0, 3, 1, 2)               # (O, C, k, k)
+        return dx
 
 
 class ReLU(Layer):
@@ -88,25 +105,18 @@ class ReLU(Layer):
     def forward(self, x, train=False):
         """x -> y, any shape; overwrites x."""
         xp = array_module(x)
-        y = xp.maximum(x, 0, out=x)
+        for_each(lambda p: xp.maximum(x[p], 0, out=x[p]), pieces(x), x)
         if train:
-            self.y = y           # the next layer keeps the same array: no memory of its own
-        return y
+            self.y = x           # the next layer keeps the same array: no memory of its own
+        return x
 
     def backward(self, dy):
         """dy -> dx, any shape; overwrites dy."""
+        xp = array_module(dy)
         y, self.y = self.y, None
         # forward: y = max(x, 0)
-        dy *= y > 0
+        for_each(lambda p: xp.multiply(dy[p], y[p] > 0, out=dy[p]), pieces(dy), dy)
         return dy
-
-
-def plane_blocks(planes):
-    """Slices of planes (P, H, W): megabytes each, to stay in the cache; all at once on a GPU."""
-    P = each = len(planes)
-    if array_module(planes) is np:
-        each = max(1, PLANE_BYTES * P // max(planes.nbytes, 1))
-    return [slice(start, start + each) for start in range(0, P, each)]
 
 
 class MaxPool2d(Layer):
@@ -137,11 +147,12 @@ class MaxPool2d(Layer):
             best, won = y[p], winner[p] if train else None               # views
             best[...] = next(taps)
             for number, tap in enumerate(taps, start=1):
+                tap = xp.ascontiguousarray(tap)     # strided as it is, read it only once
                 if train:                           # the last to exceed: ties go to the first tap
                     xp.maximum(won, (tap > best) * xp.uint8(number), out=won)
                 xp.maximum(best, tap, out=best)
 
-        for_each(pool, plane_blocks(planes), planes)
+        for_each(pool, pieces(planes), planes)
         if train:
             self.winner, self.shape_in = winner, x.shape
         return y.reshape(*x.shape[:2], H_out, W_out)
@@ -151,18 +162,18 @@ class MaxPool2d(Layer):
         xp = array_module(dy)
         winner, self.winner = self.winner, None
         _, _, H, W = self.shape_in
-        before, after = self.padding
+        before, _ = self.padding
         dy = dy.reshape(winner.shape)                                    # (B*C, H_out, W_out)
         dx = xp.empty((len(dy), H, W), dy.dtype)
 
         def scatter(p):
-            padded = pad(xp.zeros_like(dx[p]), before, after)
+            padded = pad(xp.zeros_like(dx[p]), *self.padding, 0)
             # forward: y = x at the winning tap
             for number, tap in enumerate(self.taps(padded, *dy.shape[1:])):
                 tap += dy[p] * (winner[p] == number)
             dx[p] = padded[:, before:before + H, before:before + W]
 
-        for_each(scatter, plane_blocks(dx), dx)
+        for_each(scatter, pieces(dx), dx)
         return dx.reshape(self.shape_in)
 
 
@@ -182,7 +193,8 @@ class Dropout(Layer):
         """x -> y, any shape; overwrites x when training."""
         if train and self.rate > 0:
             xp = array_module(x)
-            rng = xp.random.default_rng(self.seed)
+            rng = (np.random.default_rng(self.seed) if xp is np else      # the same on every GPU:
+                   xp.random.Generator(xp.random.Philox4x3210(self.seed, size=2 ** 16)))
             self.kept = rng.random(x.shape, dtype=xp.float32) >= self.rate
             x *= self.kept
             x *= x.dtype.type(1 / (1 - self.rate))
@@ -279,9 +291,7 @@ class Sequential(Layer):
     def alignment(self):
         """(step, centre), in input pixels: output cell i is centred at step * i + centre.
 
-        Each layer moves the centre by step * ((kernel - 1) * dilation / 2 - padding before): its
-        output cell i looks at input cells stride * i - padding + dilation * (0 .. kernel - 1), and
-        sits in their middle.
+        A layer's output cell i: amid inputs stride * i - padding + dilation * (0 .. kernel - 1).
         """
         step, centre = 1, 0.0
         for layer in self.layers.values():

@@ -23,7 +23,9 @@ def softmax(z):
 def softmax_loss(z, labels):
     """Eq. 6 divided by the number of labelled pixels, and its gradient, q - onehot(y).
 
-    z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.
+    z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.  Others are the
+    caller's to refuse while labels are on the host: NumPy raises IndexError, but CuPy takes them
+    without a word, and asking the GPU would mean to wait for it.
     Returns (loss, dz): a 0-d array (so that a GPU need not wait) and an (N, L) array.  Where no
     pixel is labelled both are zero.  Written with log-sum-exp: neither log 0 nor 1/q can occur
     (Eq. 8 joined with the softmax's Jacobian).

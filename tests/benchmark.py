@@ -19,7 +19,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-import numpy as np
+if (os.cpu_count() or 1) <= 4:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # as run_voc.py, before NumPy comes in
+import numpy as np   # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -378,11 +380,11 @@ def show_piece(name, layer, size, args):
     xp = arrays.array_module(x)
     matrix = w.reshape(len(w), -1)                                               # (O, C*k*k)
     columns = xp.ones((matrix.shape[1], layer.output_size(size)**2), np.float32)     # (C*k*k, h*w)
-    product = xp.empty((len(matrix), columns.shape[1]), np.float32)
+    results = [xp.empty((len(matrix), columns.shape[1]), np.float32)
+               for _ in range(args.batch_size)]
 
     def multiply():
-        for _ in range(args.batch_size):
-            xp.matmul(matrix, columns, out=product)
+        arrays.for_each(lambda y: xp.matmul(matrix, columns, out=y), results, columns, products=True)
 
     functions = {"ours": lambda: layer.forward(x), "matrix product": multiply}
     if torch:

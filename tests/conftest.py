@@ -5,6 +5,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))              # for run_voc.py
 
+import run_voc   # noqa: E402, F401  before NumPy: it says how many threads products have
 from minicrf.data import toy   # noqa: E402
 
 

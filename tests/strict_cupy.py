@@ -20,12 +20,12 @@ counts = collections.Counter()
 FUNCTIONS = """
     arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip
     concatenate cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum
-    meshgrid minimum moveaxis ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
+    meshgrid minimum moveaxis multiply ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
     unique vdot where zeros zeros_like""".split()
 TYPES = "bool_ float32 float64 int16 int32 int64 uint8".split()
 METHODS = """
     all any argmax argmin argsort astype clip copy cumsum dot max mean min prod ravel repeat reshape
-    round squeeze std sum take transpose var view""".split()
+    round squeeze std sum swapaxes take transpose var view""".split()
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
 KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "kind", "minlength", "out",
             "return_inverse"}
@@ -219,11 +219,20 @@ def get_array_module(*args):
     return cupy if any(isinstance(x, (ndarray, csr_matrix)) for x in args) else np
 
 
-class Generator:
-    """Of cupy.random: another stream of numbers than NumPy's."""
+def as_strided(x, shape=None, strides=None):
+    return _wrap(np.lib.stride_tricks.as_strided(x._host, shape, strides))
 
-    def __init__(self, seed):
-        self._host = np.random.Generator(np.random.Philox(seed))
+
+class Philox4x3210:
+    """Of cupy.random: another stream of numbers than any of NumPy's."""
+
+    def __init__(self, seed=None, *, size=-1):
+        self._host = np.random.Philox(seed)
+
+
+class Generator:
+    def __init__(self, bit_generator):
+        self._host = np.random.Generator(bit_generator._host)
 
     def random(self, size=None, dtype=np.float64):
         return _wrap(self._host.random(size, dtype))
@@ -332,7 +341,9 @@ vars(cupy).update({name: _function(name) for name in FUNCTIONS},
                   ndarray=ndarray, asarray=asarray, asnumpy=asnumpy,
                   copyto=copyto,
                   get_array_module=get_array_module,
-                  random=types.SimpleNamespace(default_rng=Generator),
+                  random=types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210),
+                  lib=types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
+                      as_strided=as_strided)),
                   cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(
                       getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)))
 cupyx = types.SimpleNamespace(scipy=types.SimpleNamespace(sparse=types.SimpleNamespace(
