@@ -27,7 +27,7 @@ BLAS_HAS_THREADS = os.environ.get("OPENBLAS_NUM_THREADS") != "1"
 
 def _begin_thread():
     WORKER.busy = True
-    np.seterr(over="ignore", invalid="ignore")      # who asks for the result sees what is not finite
+    np.seterr(over="ignore", invalid="ignore")   # found by who uses the result
 
 
 def _new_pool(threads=THREADS):

@@ -20,8 +20,8 @@ counts = collections.Counter()
 FUNCTIONS = """
     arange argmax argsort ascontiguousarray asfortranarray bincount broadcast_to clip
     concatenate cumsum einsum empty empty_like exp flatnonzero full full_like log matmul maximum
-    meshgrid minimum moveaxis multiply ones ones_like rint searchsorted split sqrt stack sum take take_along_axis
-    unique vdot where zeros zeros_like""".split()
+    meshgrid minimum moveaxis multiply ones ones_like rint searchsorted split sqrt stack sum take
+    take_along_axis unique vdot where zeros zeros_like""".split()
 TYPES = "bool_ float32 float64 int16 int32 int64 uint8".split()
 METHODS = """
     all any argmax argmin argsort astype clip copy cumsum dot max mean min prod ravel repeat reshape
