@@ -36,8 +36,8 @@ BUGS = {
     "kernels.KernelGradient.__init__": {
         "kernel-moments-unnormalised": ("kernel.K_hat.side_by_side", "kernel.K.side_by_side")},
     "kernels.KernelGradient.spread": {
-        "kernel-q-unmixed": ("self.mixed(first)", "first")},
-    "kernels.KernelGradient.spread_back": {
+        "kernel-q-unmixed": ("self.K_q = self.mixed(", "self.K_q = ("),
+        "kernel-cross-one-step": ("self.cross[part] +=", "self.cross[part] ="),
         "kernel-transpose-forgotten": ("blur_transpose", "blur")},
     "kernels.KernelGradient.gather": {
         "kernel-outer-forth-dropped": ("row_sums(dz * K_q) + ", ""),
@@ -45,13 +45,12 @@ BUGS = {
         "kernel-outer-one-step": ("self.outer[rows] +=", "self.outer[rows] ="),
         "kernel-product-unmixed": ("self.mixed(dz)", "dz"),
         "kernel-product-one-step": ("self.product[rows] +=", "self.product[rows] ="),
+        "kernel-dw-one-step": ("self.dW_of_rows.get(rows.start, 0) + dW", "dW"),
         "kernel-self-forgotten": ("K_dz -= self.kernel.self_weight[rows] * dz", "pass"),
         "kernel-message-unweighted": ("return compatible(K_dz, self.W)", "return K_dz")},
-    "kernels.KernelGradient.add_up": {
-        "kernel-cross-one-step": ("self.cross +=", "self.cross ="),
-        "kernel-cross-of-others": ("(products)[1:]", "(products)[:-1]"),
-        "kernel-dw-one-step": ("self.dW +=", "self.dW =")},
-    "kernels.KernelGradient.result": {"kernel-dw-lopsided": ("(dW + dW.T) / 2", "dW"),
+    "kernels.KernelGradient.result": {
+        "kernel-cross-of-others": ("(self.cross)[1:]", "(self.cross)[:-1]"),
+        "kernel-dw-lopsided": ("(dW + dW.T) / 2", "dW"),
         "kernel-dsigma-unweighted": (" * (self.W if isinstance(self.W, float) else 1)", "")},
     "marginals.through_marginals": {
         "marginals-sum-forgotten": ("(dq - mean[:, None])", "dq"),

@@ -118,10 +118,9 @@ def check_kernels():
 
         gradient = KernelGradient(kernel(), float(W) if W.ndim == 0 else W)
         for q, dz in steps:
-            gradient.spread(q, dz)
-            gradient.spread_back(q, dz)
+            for part in gradient.parts:
+                gradient.spread(part, q, dz)
             dq = gradient.gather(q, dz, slice(0, N))
-            gradient.add_up()
         dW, dlog_sigma = gradient.result()
         yield f"KernelGradient, {name}: dq", dq, numerical_gradient(loss, q, 1e-2)
         by_differences = numerical_gradient(loss, W, 1e-2)

@@ -10,7 +10,6 @@ import numpy as np
 from .arrays import array_module, row_sums, to_host
 from .permutohedral import PermutohedralLattice
 
-FEATURES_AT_ONCE = 3   # that the CPU splats side by side: more of them leave its cache
 TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
 
 
@@ -93,30 +92,31 @@ class KernelGradient:
     """A kernel's part in back-tracking (Fig. 3, step 3): K^T dz W, dL/dW and dL/dlog sigma.
 
     kernel: a GaussianKernel; W: its compatibility, a number or a matrix (L, L).  In each mean-field
-    step `spread` and `spread_back`, in any order; then `gather` for each block of rows; then
-    `add_up`.  Both gradients are linear in <dz, K q W>, so its parts are summed over the steps.
+    step `spread` for each of `parts`, in any order; then `gather` for each block of rows.  Both
+    gradients are linear in <dz, K q W>, so its parts are summed over the steps.
     """
 
     def __init__(self, kernel, W):
         xp, self.kernel, self.W = array_module(kernel.features), kernel, W
         one = xp.ones_like(kernel.features[:1])                              # (1, N)
         weights = xp.concatenate([one, kernel.features])                     # (1+d, N)
-        each = len(weights) if xp is not np else FEATURES_AT_ONCE
+        each = len(weights) if xp is not np else 1       # side by side: more would leave the cache
         self.moments = [kernel.K_hat.side_by_side(weights[first:first + each])
                         for first in range(0, len(weights), each)]
+        self.parts = range(len(self.moments))
         self.outer, self.product = xp.zeros((2, one.size), dtype=np.float64)             # (N,)
-        self.dW, self.cross, self.dW_of_rows = 0, 0, {}
+        self.cross, self.dW_of_rows = [xp.zeros(each) for _ in self.parts], {}             # (k,)
 
-    def spread(self, q, dz):
-        """K_hat [q, F_1 q, ... F_d q] before slicing, a few of them at once."""
-        self.q_moments = [K.blur(K.splat(q)) for K in self.moments]          # each (P, k*L)
-        first = array_module(q).ascontiguousarray(self.q_moments[0][:, :q.shape[1]])
-        self.K_q = self.mixed(first)                                         # (P, L)
-
-    def spread_back(self, q, dz):
-        """[dz, F_1 dz, ... F_d dz] after splatting, and K_hat^T dz before slicing."""
-        self.dz_moments = [K.splat(dz) for K in self.moments]                # each (P, k*L)
-        self.K_dz = self.kernel.K_hat.blur_transpose(self.dz_moments[0][:, :dz.shape[1]])
+    def spread(self, part, q, dz):
+        """cross_k += <F_k dz, K_hat F_k q W> for a few k; with k = 0, 1: K q and K^T dz, unsliced."""
+        K, (N, L) = self.moments[part], q.shape
+        dz_k = K.splat(dz)                                                   # (P, k*L)
+        q_k = K.blur(K.splat(q)).reshape(len(dz_k), -1, L)                   # (P, k, L)
+        if part == 0:
+            self.K_dz = self.kernel.K_hat.blur_transpose(dz_k[:, :L])        # (P, L)
+            self.K_q = self.mixed(array_module(q).ascontiguousarray(q_k[:, 0]))
+        products = dz_k.reshape(q_k.shape) * self.mixed(q_k)
+        self.cross[part] += products.sum(axis=0, dtype=np.float64).sum(axis=1)           # (k,)
 
     def gather(self, q, dz, rows):
         """K^T dz W at a block of rows: (rows, L).  q, dz: those rows of both."""
@@ -127,17 +127,9 @@ class KernelGradient:
         self.product[rows] += row_sums(q * self.mixed(dz))
         K_dz -= self.kernel.self_weight[rows] * dz
         # dw += <dz, K q> = <q, K^T dz>; a matrix' is (K q)^T dz = q^T (K^T dz)
-        self.dW_of_rows[rows.start] = (array_module(q).vdot(q, K_dz) if isinstance(self.W, float)
-                                       else q.T @ K_dz)
+        dW = array_module(q).vdot(q, K_dz) if isinstance(self.W, float) else q.T @ K_dz
+        self.dW_of_rows[rows.start] = self.dW_of_rows.get(rows.start, 0) + dW
         return compatible(K_dz, self.W)
-
-    def add_up(self):
-        """cross_k += <F_k dz, K_hat F_k q W>, and dW from the blocks of rows, in their order."""
-        shape = len(self.K_q), -1, self.K_q.shape[1]
-        products = [(dz.reshape(shape) * self.mixed(q.reshape(shape))).sum(0, dtype=np.float64)
-                    for dz, q in zip(self.dz_moments, self.q_moments)]       # each (k, L)
-        self.cross += array_module(self.K_q).concatenate(products)[1:].sum(axis=1)  # (d,)
-        self.dW += sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
 
     def mixed(self, x):
         """x W (..., L) for a matrix W; x for a number, which is a factor of it all in the end."""
@@ -145,8 +137,9 @@ class KernelGradient:
 
     def result(self):
         """dL/dW, () or (L, L), and dL/dlog sigma (d,), on the host."""
-        dsigma = self.kernel.shape_gradient(self.outer, self.cross, self.product)
-        dW = to_host(self.dW)
+        cross = array_module(self.outer).concatenate(self.cross)[1:]         # (d,)
+        dsigma = self.kernel.shape_gradient(self.outer, cross, self.product)
+        dW = to_host(sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows)))
         return (dW + dW.T) / 2, to_host(dsigma) * (self.W if isinstance(self.W, float) else 1)
 
 

@@ -165,10 +165,9 @@ class FeatureCRF:
         for t in range(len(state.steps), 0, -1):
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
             q = state.steps[t - 1]
-            for_each(lambda spread: spread(q, dz), [spread for kernel in kernels for spread in
-                                                    (kernel.spread, kernel.spread_back)], dz)
+            for_each(lambda part: part[0].spread(part[1], q, dz),            # the largest first
+                     [(kernel, part) for kernel in kernels[::-1] for part in kernel.parts], dz)
             for_each(turn_back, blocks(len(dz), dz), dz)
-            for_each(lambda kernel: kernel.add_up(), kernels, dz)
         # forward: z^0 = f
         df += dz
         for m, (name, kernel) in enumerate(zip(self._widths(), kernels)):

@@ -52,11 +52,10 @@ def back_track(kernel, W, *steps):
     """One K^T dz W for each (q, dz), dW and dlog sigma, as back-tracking assembles them."""
     gradient, dq = KernelGradient(kernel, W), []
     for q, dz in steps:
-        gradient.spread_back(q, dz)
-        gradient.spread(q, dz)
+        for part in reversed(gradient.parts):
+            gradient.spread(part, q, dz)
         dq.append(np.concatenate([gradient.gather(q[rows], dz[rows], rows)
                                   for rows in blocks(len(q), q)]))
-        gradient.add_up()
     return dq, *gradient.result()
 
 
