@@ -1,6 +1,6 @@
 """The experiment of the paper (Sec. 4): train a network, then the network together with its CRF.
 
-    python run_voc.py                                    a drawn toy set, three minutes on a laptop
+    python run_voc.py                                    a drawn toy set, two minutes on a laptop
 """
 # flake8: noqa: E402
 import os

@@ -108,7 +108,7 @@ class KernelGradient:
         self.cross, self.dW_of_rows = [xp.zeros(each) for _ in self.parts], {}             # (k,)
 
     def spread(self, part, q, dz):
-        """cross_k += <F_k dz, K_hat F_k q W> for a few k; with k = 0, 1: K q and K^T dz, unsliced."""
+        """cross_k += <F_k dz, K_hat F_k q W> for a few k; part 0: K q, K^T dz, unsliced."""
         K, (N, L) = self.moments[part], q.shape
         dz_k = K.splat(dz)                                                   # (P, k*L)
         q_k = K.blur(K.splat(q)).reshape(len(dz_k), -1, L)                   # (P, k, L)
