@@ -18,7 +18,7 @@ except ImportError:
 
 SMALL = 2 ** 16         # elements: for less, handing work to a thread takes longer than the work
 PIECE_BYTES = 2 ** 21   # of what a thread pools or rectifies at a time: it stays in its cache
-BLOCK = 2 ** 13         # rows that a thread works on at a time: few enough for its cache
+BLOCK = 2 ** 14         # rows that a thread works on at a time: few enough for its cache
 THREADS = min(4, os.cpu_count() or 1)
 WORKER = threading.local()              # tells a thread of the pool that it is one
 # run_voc.py tells OpenBLAS, NumPy's matrix library, to use one: threads of ours are better placed

@@ -56,12 +56,14 @@ class GaussianKernel:
         """Splat and blur b (N, L) -> (P, L)."""
         return self.K_hat.blur(self.K_hat.splat(b))
 
-    def gather(self, v, b, rows):
-        """Slice what was spread, (P, L), at a block of rows, without i = j: (rows, L).
+    def gather(self, v, q, W, rows):
+        """Slice what was spread of q W, (P, L), at a block of rows, without i = j: (rows, L).
 
-        b: those rows of what was spread, (rows, L).
+        q: those rows of q, (rows, L).
         """
-        return self.K_hat.slice(v, rows) - self.self_weight[rows] * b
+        message = self.K_hat.slice(v, rows)
+        message -= compatible(q, W, self.self_weight[rows])
+        return message
 
     def shape_gradient(self, outer, cross, product):
         """d<a, (K_hat - diag(self_weight)) b>/dlog sigma (d,) by the moment form, for unit width:
@@ -143,9 +145,12 @@ class KernelGradient:
         return (dW + dW.T) / 2, to_host(dsigma) * (self.W if isinstance(self.W, float) else 1)
 
 
-def compatible(x, W):
-    """x W, of rows of labels (..., L): the compatibility W is a number (Potts) or (L, L)."""
-    return x * W if isinstance(W, float) else x @ W
+def compatible(x, W, weight=1.):
+    """x W, of rows of labels (..., L): the compatibility W is a number (Potts) or (L, L).
+
+    weight: of the rows, (rows, 1).
+    """
+    return x * (weight * W) if isinstance(W, float) else weight * (x @ W)
 
 
 class ExactFilter:

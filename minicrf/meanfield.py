@@ -101,7 +101,7 @@ class FeatureCRF:
         def update(rows):
             z = f[rows].copy()                                               # z^0 = f
             for kernel, W_m, v in zip(kernels, W, spread):                   # + K_m q^(t-1) W_m
-                z += kernel.gather(v, compatible(q_old[rows], W_m), rows)
+                z += kernel.gather(v, q_old[rows], W_m, rows)
             new = marginals(z, q_old[rows], c)
             if train and t == self.iterations:
                 logits[rows] = z + c * (q_old[rows] - new) if c else z

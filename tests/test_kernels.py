@@ -131,7 +131,7 @@ def test_exact_filter_scaled_and_side_by_side_are_what_they_say():
 def test_both_halves_of_a_filter_make_the_whole(exact):
     kernel = GaussianKernel(FEATURES, SIGMA, exact=exact)
     v, rows = kernel.spread(B), slice(0, N)
-    np.testing.assert_allclose(kernel.gather(v, B, rows), kernel.filter(B), atol=1e-15)
+    np.testing.assert_allclose(kernel.gather(v, B, 1., rows), kernel.filter(B), atol=1e-15)
 
 
 def test_exact_filter_slices_rows():
