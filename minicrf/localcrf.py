@@ -135,16 +135,15 @@ def _sweep(z, forth, back, c, rho):
     (1/c - 1) p(l); times c, which all labels share, a message neither grows nor overflows.  One
     line after the other: each message is heard to the far end.  Returns the largest change.
     """
-    xp = array_module(z)
-    largest = xp.zeros_like(z[0, 0, 0])
+    xp, before, rest = array_module(z), forth.copy(), 1 - c
     for i in range(len(z) - 1):
-        p = softmax((z[i] - back[i]).T).T                                    # (L, P)
-        m = xp.log(c[i] + (1 - c[i]) * p)
-        change = m - forth[i + 1]
+        p = z[i] - back[i]                                                   # (L, P)
+        p -= p.max(axis=0)
+        p = xp.exp(p)
+        m = xp.log(c[i] + rest[i] * (p / p.sum(axis=0)))
+        z[i + 1] += rho * (m - forth[i + 1])
         forth[i + 1] = m
-        z[i + 1] += rho * change
-        largest = xp.maximum(largest, abs(change).max())
-    return largest
+    return abs(forth - before).max()
 
 
 def _edges(b, forth, back, c):
