@@ -36,7 +36,7 @@ BUGS = {
     "kernels.KernelGradient.__init__": {
         "kernel-moments-unnormalised": ("kernel.K_hat.side_by_side", "kernel.K.side_by_side")},
     "kernels.KernelGradient.spread": {
-        "kernel-q-unmixed": ("self.K_q = self.mixed(", "self.K_q = ("),
+        "kernel-q-unmixed": ("[self.mixed(", "[("),
         "kernel-cross-one-step": ("self.cross[part] +=", "self.cross[part] ="),
         "kernel-transpose-forgotten": ("blur_transpose", "blur")},
     "kernels.KernelGradient.gather": {
@@ -90,7 +90,7 @@ BUGS = {
         "local-dw-contrast-dropped": ("contrast * d", "d"),
         "local-labelled-forgotten": ("dloss / self._labelled", "dloss")},
     "localcrf._sweep": {
-        "local-rho-forgotten": ("z[i + 1] += rho * change", "z[i + 1] += change"),
+        "local-rho-forgotten": ("z[i + 1] += rho * (m", "z[i + 1] += (m"),
         "local-echo": ("z[i] - back[i]", "z[i]")},
 }
 

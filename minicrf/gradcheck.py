@@ -119,7 +119,7 @@ def check_kernels():
         gradient = KernelGradient(kernel(), float(W) if W.ndim == 0 else W)
         for q, dz in steps:
             for part in gradient.parts:
-                gradient.spread(part, q, dz)
+                gradient.spread(part, np.concatenate([q, dz], axis=1))
             dq = gradient.gather(q, dz, slice(0, N))
         dW, dlog_sigma = gradient.result()
         yield f"KernelGradient, {name}: dq", dq, numerical_gradient(loss, q, 1e-2)

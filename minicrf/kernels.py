@@ -7,7 +7,7 @@ import copy
 
 import numpy as np
 
-from .arrays import array_module, row_sums, to_host
+from .arrays import BLOCK, array_module, row_sums, to_host
 from .permutohedral import PermutohedralLattice
 
 TILE = 2**24     # entries of K that ExactFilter holds at a time: 128 MB
@@ -102,28 +102,33 @@ class KernelGradient:
         xp, self.kernel, self.W = array_module(kernel.features), kernel, W
         one = xp.ones_like(kernel.features[:1])                              # (1, N)
         weights = xp.concatenate([one, kernel.features])                     # (1+d, N)
-        each = len(weights) if xp is not np else 1       # side by side: more would leave the cache
+        # all side by side in one product; one by one where that would leave a processor's cache
+        each = 1 if xp is np and one.size > BLOCK else len(weights)
         self.moments = [kernel.K_hat.side_by_side(weights[first:first + each])
                         for first in range(0, len(weights), each)]
         self.parts = range(len(self.moments))
         self.outer, self.product = xp.zeros((2, one.size), dtype=np.float64)             # (N,)
         self.cross, self.dW_of_rows = [xp.zeros(each) for _ in self.parts], {}             # (k,)
 
-    def spread(self, part, q, dz):
-        """cross_k += <F_k dz, K_hat F_k q W> for a few k; part 0: K q, K^T dz, unsliced."""
-        K, (N, L) = self.moments[part], q.shape
-        dz_k = K.splat(dz)                                                   # (P, k*L)
-        q_k = K.blur(K.splat(q)).reshape(len(dz_k), -1, L)                   # (P, k, L)
+    def spread(self, part, q_dz):
+        """cross_k += <F_k dz, K_hat F_k q W> for a few k; part 0: K q, K^T dz, unsliced.
+
+        q_dz: (N, 2L), q and dz side by side, which go through one splat and one slice.
+        """
+        K, L = self.moments[part], q_dz.shape[1] // 2
+        both = K.splat(q_dz).reshape(-1, len(self.cross[part]), 2 * L)       # (P, k, 2L)
+        q_k, dz_k = both[:, :, :L], both[:, :, L:]
+        q_k = K.blur(q_k.reshape(len(q_k), -1)).reshape(dz_k.shape)          # (P, k, L)
         if part == 0:
-            self.K_dz = self.kernel.K_hat.blur_transpose(dz_k[:, :L])        # (P, L)
-            self.K_q = self.mixed(array_module(q).ascontiguousarray(q_k[:, 0]))
-        products = dz_k.reshape(q_k.shape) * self.mixed(q_k)
+            K_dz = self.kernel.K_hat.blur_transpose(dz_k[:, 0])              # (P, L)
+            self.both = array_module(q_dz).concatenate([self.mixed(q_k[:, 0]), K_dz], axis=1)
+        products = dz_k * self.mixed(q_k)
         self.cross[part] += products.sum(axis=0, dtype=np.float64).sum(axis=1)           # (k,)
 
     def gather(self, q, dz, rows):
         """K^T dz W at a block of rows: (rows, L).  q, dz: those rows of both."""
-        K_q = self.kernel.K_hat.slice(self.K_q, rows)                        # (rows, L)
-        K_dz = self.kernel.K_hat.slice(self.K_dz, rows)
+        both = self.kernel.K_hat.slice(self.both, rows)                      # (rows, 2L)
+        K_q, K_dz = both[:, :q.shape[1]], both[:, q.shape[1]:]
         # for the widths, still with i = j
         self.outer[rows] += row_sums(dz * K_q) + row_sums(q * self.mixed(K_dz))
         self.product[rows] += row_sums(q * self.mixed(dz))

@@ -153,7 +153,6 @@ class FeatureCRF:
         """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, however many the parameters."""
         df, dz, c = array_module(dz).zeros_like(dz), dz.copy(), state.c      # (N, L)
         kernels = [KernelGradient(*each) for each in zip(state.kernels, state.W)]
-
         def turn_back(rows):
             df[rows] += dz[rows]
             dq = c * dz[rows]
@@ -165,7 +164,8 @@ class FeatureCRF:
         for t in range(len(state.steps), 0, -1):
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
             q = state.steps[t - 1]
-            for_each(lambda part: part[0].spread(part[1], q, dz),            # the largest first
+            q_dz = array_module(q).concatenate([q, dz], axis=1)              # (N, 2L)
+            for_each(lambda part: part[0].spread(part[1], q_dz),             # the largest first
                      [(kernel, part) for kernel in kernels[::-1] for part in kernel.parts], dz)
             for_each(turn_back, blocks(len(dz), dz), dz)
         # forward: z^0 = f

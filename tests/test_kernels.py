@@ -53,10 +53,19 @@ def back_track(kernel, W, *steps):
     gradient, dq = KernelGradient(kernel, W), []
     for q, dz in steps:
         for part in reversed(gradient.parts):
-            gradient.spread(part, q, dz)
+            gradient.spread(part, np.concatenate([q, dz], axis=1))
         dq.append(np.concatenate([gradient.gather(q[rows], dz[rows], rows)
                                   for rows in blocks(len(q), q)]))
     return dq, *gradient.result()
+
+
+def test_moments_one_by_one_give_what_they_give_side_by_side(monkeypatch):
+    kernel = GaussianKernel(FEATURES, SIGMA)
+    together = back_track(kernel, 2., (B, A), (A, B))
+    monkeypatch.setattr(kernels, "BLOCK", 0)
+    assert len(KernelGradient(kernel, 2.).parts) == 1 + len(FEATURES)
+    for a, b in zip(together, back_track(kernel, 2., (B, A), (A, B))):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 def shape_gradient(kernel, a, b):
