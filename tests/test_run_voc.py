@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -133,15 +134,21 @@ def test_joint_does_not_go_on_from_another_unary_network(trained, toy_set, tmp_p
 
 def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
     """tests/experiment.py: all stages from one unary checkpoint, and one table of them."""
-    assert experiment.main([str(toy_set), "--net", "tiny", "--batch-size", "2", "--iterations", "1",
-                            "--further", "1", "--out", str(tmp_path)]) == 0
+    arguments = [str(toy_set), "--net", "tiny", "--batch-size", "2", "--iterations", "1",
+                 "--further", "1", "--out", str(tmp_path)]
+    assert experiment.main(arguments) == 0
     starts = {checkpoints.read(tmp_path / "0" / f"{stage}.npz")[1]["settings"][
-        "checkpoint to start from (its checksum)"] for stage in ("piecewise", "joint")}
+        "checkpoint to start from (its checksum)"] for stage in ("local", "piecewise", "joint")}
     assert len(starts) == 1
     table = (tmp_path / "0" / "table.txt").read_text()
-    for name in ("unary", "unary + CRF", "unary (control)", "piecewise"):
+    for name in ("unary", "unary + CRF", "unary (control)", "local", "piecewise"):
         assert f"joint against {name} " in table, name
-    assert "joint 1: " in capsys.readouterr().out
+
+    (tmp_path / "0" / "joint_val.npz").unlink()      # called again, it does what is left
+    capsys.readouterr()
+    assert experiment.main(arguments) == 0
+    left = capsys.readouterr().out.split("\n\n")[0]
+    assert re.findall("--stage ([a-z]+)", left) == ["joint", "eval"]
 
 
 def test_what_a_run_starts_from_is_not_overwritten(trained, toy_set, tmp_path, capsys):
