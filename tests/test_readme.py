@@ -278,7 +278,8 @@ def test_options_and_bugs_in_the_pages_exist(capsys):
     known = set()
     for main in (run_voc.parse_arguments, __main__.parse_arguments, gradcheck.main):
         known |= set(re.findall(r"--[a-z][a-z-]*", help_of(main, capsys)))
-    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/benchmark.py").read_text("utf-8")))
+    for script in ("tests/benchmark.py", "tests/experiment.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text("utf-8")))
     lines = [line for page in PAGES.values() for line in page.splitlines()
              if "pip install" not in line]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(lines))) <= known
