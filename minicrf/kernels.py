@@ -144,10 +144,13 @@ class KernelGradient:
 
     def result(self):
         """dL/dW, () or (L, L), and dL/dlog sigma (d,), on the host."""
-        cross = array_module(self.outer).concatenate(self.cross)[1:]         # (d,)
+        xp = array_module(self.outer)
+        cross = xp.concatenate(self.cross)[1:]                               # (d,)
         dsigma = self.kernel.shape_gradient(self.outer, cross, self.product)
-        dW = to_host(sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows)))
-        return (dW + dW.T) / 2, to_host(dsigma) * (self.W if isinstance(self.W, float) else 1)
+        dW = sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
+        both = to_host(xp.concatenate([dW.ravel().astype(np.float64), dsigma]))      # in one go
+        dW, dsigma = both[:dW.size].reshape(dW.shape), both[dW.size:]        # () or (L, L), (d,)
+        return (dW + dW.T) / 2, dsigma * (self.W if isinstance(self.W, float) else 1)
 
 
 def compatible(x, W, weight=1.):

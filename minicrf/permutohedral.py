@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from .arrays import array_module, blocks, for_each, sparse_module, to_host, transposed
+from .arrays import (array_module, blocks, for_each, full_product, sparse_module, to_host,
+                     transposed)
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
 LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
@@ -31,7 +32,10 @@ class PermutohedralLattice:
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
-        self.blurs = for_each(lambda step: _blur(points, step, weights.dtype), steps, weights)
+        # on the CPU an axis a thread; a GPU, which the host would have to wait for, does all at once
+        axes = steps[:, None] if array_module(features) is np else steps[None]
+        self.blurs = sum(for_each(lambda some: _blurs(points, some, weights.dtype), axes, weights),
+                         [])
         starts = array_module(features).arange(0, corners.size + 1, d + 1, dtype=np.int32)
         self._interpolate(_sparse(weights.T.ravel(), corners.ravel(), starts, len(points)))
 
@@ -199,7 +203,7 @@ def _self_response(weights):
     beta = 2.0**-m + 2.0**-(d + 1 - m)
     beta[m == 0] = 1 + 2.0**-d                    # not moved, or all the way around in either sense
     beta = xp.asarray(beta, dtype=weights.dtype)
-    return (weights * (beta @ weights)).sum(axis=0)
+    return (weights * full_product(beta, weights)).sum(axis=0)
 
 
 def _corners(cells, ranks):
@@ -259,33 +263,43 @@ def _distinct(words):
     return words[first], numbers, order[first]
 
 
-def _blur(points, step, dtype):
-    """The sparse (P, P) matrix of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along an axis.
+def _blurs(points, steps, dtype):
+    """The sparse (P, P) matrices of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along an axis.
 
-    Neighbours that hold no pixel are missing and count as zero.
+    Neighbours that hold no pixel are missing and count as zero.  steps: (K,), one for each axis;
+    the K matrices are made as one, one below the other, row p of the k-th being k*P + p.
     """
     xp = array_module(points)
-    after = xp.minimum(xp.searchsorted(points, points + step), len(points) - 1).astype(np.int32)
-    p = xp.flatnonzero(points[after] == points + step)    # (E,): the points for which p+ is there
-    after = after[p]
-    starts = xp.ones(len(points) + 1, dtype=np.int32)     # of the rows, which hold p, p+, p-
+    K, P = len(steps), len(points)
+    wanted = points + xp.asarray(steps)[:, None]          # (K, P): p+, wherever it is
+    after = xp.minimum(xp.searchsorted(points, wanted), P - 1).astype(np.int32)
+    rows = xp.flatnonzero(points[after] == wanted)        # (E,): those for which p+ is there
+    below = after + xp.arange(0, K * P, P, dtype=np.int32)[:, None]
+    after, below = after.ravel()[rows], below.ravel()[rows]      # (E,): p+ as a column, as a row
+    starts = xp.ones(K * P + 1, dtype=np.int32)           # of the rows, which hold p, p+, p-
     starts[0] = 0
-    starts[p + 1] += 1
-    starts[after + 1] += 1
+    starts[rows + 1] += 1
+    starts[below + 1] += 1
     starts = xp.cumsum(starts, dtype=np.int32)
-    columns = xp.empty(len(points) + 2 * len(p), dtype=np.int32)
-    columns[starts[:-1]] = xp.arange(len(points), dtype=np.int32)
-    columns[starts[p] + 1] = after
-    columns[starts[after + 1] - 1] = p
+    columns = xp.empty(K * P + 2 * len(rows), dtype=np.int32)
+    columns[starts[:-1].reshape(K, P)] = xp.arange(P, dtype=np.int32)                # (K, P)
+    columns[starts[rows] + 1] = after
+    columns[starts[below + 1] - 1] = rows - (below - after)
     weights = xp.full(columns.shape, 0.5, dtype=dtype)
     weights[starts[:-1]] = 1
-    return _sparse(weights, columns, starts, len(points))
+    ends = to_host(starts[::P]).tolist()                  # of the matrices: (K+1,)
+    return [_sparse(weights[first:last], columns[first:last], starts[k * P:k * P + P + 1] - first, P)
+            for k, (first, last) in enumerate(zip(ends, ends[1:]))]
 
 
 def _sparse(weights, columns, starts, width):
-    """The sparse matrix with `width` columns whose row i holds entries starts[i] to starts[i+1]."""
-    matrix = sparse_module(weights).csr_matrix((weights, columns, starts),
-                                               shape=(len(starts) - 1, width))
+    """The sparse matrix with `width` columns whose row i holds entries starts[i] to starts[i+1].
+
+    Made empty and then filled: of arrays to begin with, CuPy would wait for both ends of starts.
+    """
+    shape = len(starts) - 1, width
+    matrix = sparse_module(weights).csr_matrix(shape, dtype=weights.dtype)
+    matrix.data, matrix.indices, matrix.indptr = weights, columns, starts
     # No number comes twice in a row.  Nor need they be in order: products do not mind, but CuPy
     # would look first, and sort.
     matrix.has_canonical_format = True

@@ -40,6 +40,7 @@ def joint_step(preset="vgg16", batch_size=20, size=(500, 375), n_labels=21, micr
         enter = stack.enter_context
         enter(mock.patch.object(arrays, "cupy", strict_cupy.cupy))
         enter(mock.patch.object(arrays, "cupyx", strict_cupy.cupyx, create=True))
+        arrays.gpu_available()                   # which tries the device, once
         image, y = toy.picture(np.random.default_rng(3), *size[::-1])
         y = np.where(y < n_labels, y, VOID).astype(np.uint8)
         memory = enter(shapes.only(what_is_read(image)))

@@ -6,6 +6,7 @@ taken from a run that did compute.
 """
 import contextlib
 import itertools
+import math
 import weakref
 
 import numpy as np
@@ -114,20 +115,12 @@ def _reordered(name, x, shape):
     if name[:2] == "as":
         order = "F" if name == "asfortranarray" else "C"
         return x if x.flags[f"{order}_CONTIGUOUS"] else window(x.shape, x.dtype, order)
-    shape = -1 if name == "ravel" else shape[0] if len(shape) == 1 else shape
-    view = x.view()
+    shape = (-1,) if name == "ravel" else shape[0] if isinstance(shape[0], tuple) else shape
     try:
-        view.shape = shape
-        return view
-    except AttributeError:                                       # a copy is needed
-        return window(np.broadcast_to(np.uint8(0), x.shape).ravel().shape if shape == -1 else
-                      _filled(x.size, shape), x.dtype)
-
-
-def _filled(size, shape):
-    """The shape with its -1 worked out."""
-    known = int(np.prod([n for n in shape if n != -1]))
-    return tuple(size // known if n == -1 else n for n in shape)
+        return np.reshape(x, shape, copy=False)
+    except ValueError:                                       # a copy is needed
+        rest = x.size // abs(math.prod(shape))                   # what -1 stands for
+        return window(tuple(rest if n == -1 else n for n in shape), x.dtype)
 
 
 def _reduced(shape, axis=None, dtype=None, keepdims=False, **_):
