@@ -87,8 +87,8 @@ def row_sums(x):
     return x @ np.ones(x.shape[-1], x.dtype)             # several times faster than .sum
 
 
-def full_product(a, b):
-    """a @ b, in b's dtype, where TF32 would do harm: whoever allows it means the network's products.
+def product(a, b):
+    """a @ b, in b's dtype, where TF32 would do harm: --tf32 is meant for the network's products.
 
     CuPy reads CUPY_TF32 once, and from then on rounds the factors of every product of float32.  It
     leaves float64 alone.
@@ -116,12 +116,12 @@ def check_array(name, x, shape):
 
 
 def gpu_available():
-    """True where cupy is installed and a CUDA device does what it is asked for."""
+    """True where cupy is installed and finds a CUDA device that does what it is asked for."""
     return cupy is not None and not gpu_failure()
 
 
 def gpu_failure():
-    """What kept cupy from using a GPU, in one line; "" where nothing did, or cupy is not there."""
+    """What keeps cupy from using a GPU, in one line; "" where nothing does, or there is no cupy."""
     return _failure(cupy) if cupy else ""
 
 
@@ -165,7 +165,7 @@ def to_device(x, device):
         raise ValueError(f"device: found {device!r}, expected 'cpu' or 'gpu'")
     if device == "gpu" and not gpu_available():
         raise ValueError("device: found 'gpu', but "
-                         f"{gpu_failure() or 'no CUDA device with cupy is available'}")
+                         f"{gpu_failure() or 'cupy is not installed'}")
     return to_host(x) if device == "cpu" else cupy.asarray(x)
 
 
@@ -177,7 +177,7 @@ def to_host(x):
 def use_tf32(allowed):
     """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
 
-    To be called before the first one, which is when CuPy looks.  `full_product` never does.
+    To be called before the first one, which is when CuPy looks.  `product` never does.
     """
     os.environ["CUPY_TF32"] = "1" if allowed else "0"
 

@@ -1,8 +1,8 @@
 """What calls of NumPy would return, by shape and dtype alone: nothing is computed.
 
 Every array is a window on the same bytes, which nobody reads or writes; views are NumPy's own, so
-that strides are true.  Where values matter, somebody on the host reads them: `reads` are the answers,
-taken from a run that did compute.
+that strides are true.  Where values matter, the host reads them: `reads` are the answers, taken
+from a run that did compute.
 """
 import contextlib
 import itertools
