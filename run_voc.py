@@ -324,7 +324,7 @@ def run(args):
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     use_tf32(args.tf32)
     if args.device == "auto" and gpu_failure():
-        print(f"--device auto: on the cpu, as the gpu failed: {gpu_failure()}")
+        print(f"--device auto: on the cpu, as {gpu_failure()}")
     if args.stage == "predict":
         checkpoint = args.weights or [*checkpoints.present(args.out).values()][-1]
         evaluation.label_photographs(checkpoint, args.image, os.path.join(args.out, "predictions"),

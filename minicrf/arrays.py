@@ -88,10 +88,10 @@ def row_sums(x):
 
 
 def product(a, b):
-    """a @ b, in b's dtype, where TF32 would do harm: --tf32 is meant for the network's products.
+    """a @ b, in b's dtype, where TF32 would do harm: --tf32 is meant for the network's layers.
 
-    CuPy reads CUPY_TF32 once, and from then on rounds the factors of every product of float32.  It
-    leaves float64 alone.
+    CuPy reads CUPY_TF32 once and then rounds the factors of every product of two float32 matrices;
+    of float64 it rounds none.
     """
     if array_module(b) is np:
         return a @ b

@@ -1,7 +1,7 @@
 """What a joint training step asks of a GPU, counted on any machine: see strict_cupy.py.
 
-Only the lattices of one picture are built, for the sizes that depend on its pixels; all else is
-counted by shape.
+Only the lattices of one picture are built, for the sizes that depend on its colours; all else is
+counted by shape, as if every picture of the batch were that one.
 """
 import collections
 import contextlib
@@ -31,10 +31,11 @@ class NoNumbers:
         return np.lib.stride_tricks.as_strided(np.ones(1, dtype), shape, (0,) * len(shape))
 
 
-def joint_step(preset="vgg16", batch_size=20, size=(500, 375), n_labels=21, micro_batch=None):
+def joint_step(preset="vgg16", batch_size=20, size=(500, 375), n_labels=21, compute=False):
     """({part: counts}, the most bytes in use) of one step with pictures of size (W, H).
 
     counts: "launch", "product", "wait", "send" and "bytes", as in strict_cupy.py.
+    compute: compute it all, not only shapes; bytes in use are not known then.
     """
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -43,18 +44,19 @@ def joint_step(preset="vgg16", batch_size=20, size=(500, 375), n_labels=21, micr
         arrays.gpu_available()                   # which tries the device, once
         image, y = toy.picture(np.random.default_rng(3), *size[::-1])
         y = np.where(y < n_labels, y, VOID).astype(np.uint8)
-        memory = enter(shapes.only(what_is_read(image)))
-        enter(mock.patch.object(np.random, "default_rng", lambda *_: NoNumbers))
-        enter(np.errstate(divide="ignore", invalid="ignore"))
+        if not compute:
+            enter(shapes.only(what_is_read(image)))
+            enter(mock.patch.object(np.random, "default_rng", lambda *_: NoNumbers))
+            enter(np.errstate(divide="ignore", invalid="ignore"))
         net = vgg.build(preset, n_labels)
         vgg.move(net, "gpu")
         model = training.Model(net, weights.MEAN, DenseCRF(n_labels), "gpu")
         optimiser = training.optimizer(model, "joint", [])
         batch = [(image, y, model.resized(image))] * batch_size
-        memory["peak"] = memory["held"]
+        shapes.memory["peak"] = shapes.memory["held"]
         table = enter(by_part())
-        training.train_step(model, optimiser, batch, 0, 1, micro_batch)
-        return table, memory["peak"]
+        training.train_step(model, optimiser, batch, 0, 1)
+        return table, shapes.memory["peak"]
 
 
 def what_is_read(image):

@@ -7,12 +7,15 @@ from a run that did compute.
 import contextlib
 import itertools
 import math
+import mmap
 import weakref
 
 import numpy as np
 
-BYTES = memoryview(np.empty(2**31, np.uint8))   # lent by the system only where it is touched
+BYTES = mmap.mmap(-1, 2**31)                 # lent by the system only where it is touched
 VIEWS = {"T", "broadcast_to", "moveaxis", "split", "squeeze", "swapaxes", "transpose", "view"}
+REORDERED = {"ascontiguousarray", "asfortranarray", "ravel", "reshape"}     # views or copies
+ORDERED = VIEWS | REORDERED | {"astype", "empty_like", "full_like", "ones_like", "zeros_like"}
 REDUCTIONS = {"all", "any", "argmax", "argmin", "max", "mean", "min", "prod", "std", "sum", "var"}
 memory = {"held": 0, "peak": 0}             # bytes of all windows that are in use
 reads = None                                # an iterator while nothing is computed
@@ -24,7 +27,7 @@ def only(answers):
     global reads
     reads = itertools.cycle(answers)
     try:
-        yield memory
+        yield
     finally:
         reads = None
 
@@ -47,12 +50,21 @@ def is_window(x):
     return x.base is BYTES
 
 
+def owner(x):
+    """The array whose memory x shows: x itself unless it is a view."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
 def result(name, function, args, kwargs):
     """What function, `name` in NumPy, would return: windows, or views of its arguments."""
     x = args[0]
+    if "out" in kwargs:
+        return kwargs["out"]
     if name in VIEWS:
         return function(*args, **kwargs)
-    if name in ("reshape", "ravel", "ascontiguousarray", "asfortranarray"):
+    if name in REORDERED:
         return _reordered(name, x, args[1:])
     if name == "astype" and not kwargs.get("copy", True) and x.dtype == np.dtype(args[1]):
         return x
@@ -82,7 +94,8 @@ def result(name, function, args, kwargs):
         axis = kwargs["axis"]
         return window(x.shape[:axis] + args[1].shape + x.shape[axis + 1:], x.dtype)
     arrays = [a.shape for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
-    return window(np.broadcast_shapes(*arrays), _dtype(function, args, kwargs))     # elementwise
+    order = "F" if name in ORDERED and x.flags.fnc else "C"
+    return window(np.broadcast_shapes(*arrays), _dtype(function, args, kwargs), order)  # elementwise
 
 
 def item(x, index):

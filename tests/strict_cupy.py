@@ -4,13 +4,14 @@ It refuses what CuPy refuses: implicit conversion, NumPy arrays among its own, n
 that CuPy lacks.  It also refuses what CuPy does silently and slowly: NumPy arrays and lists as
 indices or values, NumPy's functions on its arrays.  `counts`: how often the host would have waited
 for the device ("wait"; a thread other than the main one: "wait aside"), sent data there ("send"),
-sorted a sparse matrix there ("sort"), launched something ("launch"), a sparse product among it
-("product"), and the bytes that launches read and write ("bytes").
+sorted a sparse matrix there ("sort"), launched something ("launch") and multiplied a sparse matrix
+("product"); and the bytes that launches read and write ("bytes").
 
-A launch is an elementwise operation, a copy, a fill, a reduction or a product; views and `empty` are
-none.  What CuPy does in several counts as LAUNCHES says, by its sources and CUB's.  A product copies
-operands that lie in neither order or have another dtype first, a sparse one what is not in columns,
-and it clears its result; one that broadcasts lists the addresses of its matrices.
+A launch is an elementwise operation, a copy, a fill, a reduction or a product.  Views are none, nor
+is `empty`.  What CuPy does in several steps counts as LAUNCHES says: by its sources, for sorts by
+an estimate.  A product first copies operands of another dtype or in neither order; where one of
+them is broadcast, three launches list addresses.  A sparse product first clears its result, and
+copies what does not lie column by column.
 Within `shapes.only` nothing is computed, and all of this is counted by shape.
 """
 import collections
@@ -72,12 +73,14 @@ def _call(name, function, *args, **kwargs):
         result = shapes.result(name, function, args, kwargs)
     if name == "flatnonzero" and not shapes.reads:
         _read(result.shape)
-    if name in shapes.VIEWS or result is args[0]:
+    if name in shapes.VIEWS or result is args[0] and "out" not in kwargs:
         return result
-    if name in ("reshape", "ravel", "ascontiguousarray", "asfortranarray") and not (
-            shapes.is_window(result) if shapes.reads else not np.may_share_memory(result, args[0])):
+    if name not in shapes.ORDERED and isinstance(result, np.ndarray):
+        result = result.copy() if not result.flags.c_contiguous else result      # unlike NumPy's
+    if name in shapes.REORDERED and not (shapes.is_window(result) if shapes.reads else
+                                         not np.may_share_memory(result, args[0])):
         return result
-    arrays = [x for arg in (*args, *kwargs.values())
+    arrays = [x for arg in args
               for x in (arg if isinstance(arg, (tuple, list)) else [arg])
               if isinstance(x, np.ndarray)]
     times = LAUNCHES.get(name, 1)
@@ -177,8 +180,8 @@ def _wrap(result):
 
 def _same(a, b):
     """Whether two arrays are the same places of memory."""
-    return a.__array_interface__["data"] == b.__array_interface__["data"] and (
-        a.shape, a.strides) == (b.shape, b.strides)
+    return shapes.owner(a) is shapes.owner(b) and a.strides == b.strides and (
+        a.shape == b.shape and a.__array_interface__["data"] == b.__array_interface__["data"])
 
 
 def _operand(x):
