@@ -456,8 +456,8 @@ def shares(step, args):
 
 
 def show_count(args):
-    print(f"vgg16, a batch of 20, pictures of {args.size[0]}x{args.size[1]}, {args.labels} labels, 5 "
-          "iterations: by shape, on no device; what counts as a launch, tests/strict_cupy.py says")
+    print(f"vgg16, a batch of 20, pictures of {args.size[0]}x{args.size[1]}, {args.labels} labels, "
+          "5 iterations; by shape, on no device; tests/strict_cupy.py says what counts as a launch")
     keys = "launch", "product", "wait", "send"
     heads = "launches", "sparse products", "waits", "arrays sent", "GB read and written"
     print(f"{'a joint step':30}" + "".join(f"{head:>{len(head) + 3}}" for head in heads))

@@ -95,7 +95,8 @@ def result(name, function, args, kwargs):
         return window(x.shape[:axis] + args[1].shape + x.shape[axis + 1:], x.dtype)
     arrays = [a.shape for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
     order = "F" if name in ORDERED and x.flags.fnc else "C"
-    return window(np.broadcast_shapes(*arrays), _dtype(function, args, kwargs), order)  # elementwise
+    shape = np.broadcast_shapes(*arrays)                             # of what works by elements
+    return window(shape, _dtype(function, args, kwargs), order)
 
 
 def item(x, index):
