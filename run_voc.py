@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minicrf import DenseCRF, LocalCRF, training, vgg
-from minicrf.arrays import gpu_available, peak_memory, use_tf32
+from minicrf.arrays import gpu_available, gpu_failure, peak_memory, use_tf32
 from minicrf.data import loading, toy, voc, weights
 from minicrf.files import locked
 from minicrf.program import WEIGHT, WIDTH, Parser, number, path, run_program, undisturbed
@@ -150,7 +150,8 @@ def stages(args):
 def check_options(args):
     """Refuse what makes no sense together, before anything is done or written."""
     if args.device == "gpu" and not gpu_available():
-        raise ValueError("--device: found gpu, but cupy finds no CUDA device; expected cpu or auto")
+        why = gpu_failure() or "cupy is not installed"
+        raise ValueError(f"--device: found gpu, but {why}; expected cpu or auto")
     if bool(args.image) != (args.stage == "predict"):
         raise ValueError("--image: found one of it and --stage predict, expected both or none")
     if args.sbd and not args.voc:
@@ -322,6 +323,8 @@ def run(args):
     check_options(args)
     device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
     use_tf32(args.tf32)
+    if args.device == "auto" and gpu_failure():
+        print(f"--device auto: on the cpu, as {gpu_failure()}")
     if args.stage == "predict":
         checkpoint = args.weights or [*checkpoints.present(args.out).values()][-1]
         evaluation.label_photographs(checkpoint, args.image, os.path.join(args.out, "predictions"),
@@ -363,17 +366,10 @@ def train_or_measure(args, device):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-
-    def attempt():
-        try:
-            return run(args)
-        except MemoryError:                  # CuPy's OutOfMemoryError is one
-            size = 1 if args.stage in ("eval", "predict") else args.micro_batch or args.batch_size
-            smaller = f"--micro-batch {size // 2}" if size > 1 else "--net largefov or --device cpu"
-            raise ValueError(f"found too little memory for {size} images at a time; try "
-                             f"{smaller}") from None
-
-    return run_program("run_voc.py", attempt)
+    size = 1 if args.stage in ("eval", "predict") else args.micro_batch or args.batch_size
+    smaller = f"--micro-batch {size // 2}" if size > 1 else "--net largefov or --device cpu"
+    return run_program("run_voc.py", run, args, too_little=(
+        f"found too little memory for {size} images at a time; try {smaller}"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every function of the package asks `array_module(x)` for the module its argument belongs to, so the
 same source runs on both and arrays of both kinds can live in one process.  No global switch.
 """
+import functools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -80,8 +81,21 @@ def pieces(x):
 
 
 def row_sums(x):
-    """Sums over the last axis, (..., L) -> (...): as a product, several times faster than .sum."""
-    return x @ array_module(x).ones(x.shape[-1], x.dtype)
+    """Sums over the last axis, (..., L) -> (...)."""
+    if array_module(x) is not np:        # --tf32 rounds the factors of a product
+        return x.sum(axis=-1)
+    return x @ np.ones(x.shape[-1], x.dtype)             # several times faster than .sum
+
+
+def product(a, b):
+    """a @ b, in b's dtype, where TF32 would do harm: --tf32 is meant for the network's layers.
+
+    CuPy reads CUPY_TF32 once and then rounds the factors of every product of two float32 matrices;
+    of float64 it rounds none.
+    """
+    if array_module(b) is np:
+        return a @ b
+    return (a.astype(np.float64) @ b).astype(b.dtype)
 
 
 def row_maxima(x):
@@ -102,11 +116,32 @@ def check_array(name, x, shape):
 
 
 def gpu_available():
-    """True where cupy is installed and finds at least one CUDA device."""
+    """True where cupy is installed and finds a CUDA device that does what it is asked for."""
+    return cupy is not None and not gpu_failure()
+
+
+def gpu_failure():
+    """What keeps cupy from using a GPU, in one line; "" where nothing does, or there is no cupy."""
+    return _failure(cupy) if cupy else ""
+
+
+@functools.cache
+def _failure(cupy):
+    """Tries each kind of work once: cupy, once imported, may find neither driver nor libraries."""
     try:
-        return cupy is not None and cupy.cuda.runtime.getDeviceCount() > 0
-    except cupy.cuda.runtime.CUDARuntimeError:   # the driver is missing or too old
-        return False
+        x = cupy.ones((2, 2))            # float64: for float32 CuPy would settle TF32 already
+        one = cupyx.scipy.sparse.csr_matrix((x[0], cupy.arange(2), cupy.arange(3)), shape=(2, 2))
+        float((one @ x + x @ x).sum())
+        return ""
+    except Exception as error:           # of any of CUDA's libraries
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def out_of_memory(error):
+    """Whether memory ran out: CUDA's libraries say so by RuntimeErrors of their own."""
+    signs = "MemoryAllocation", "ALLOC_FAILED", "NOT_INITIALIZED", "INSUFFICIENT_RESOURCES"
+    return isinstance(error, MemoryError) or (       # as is CuPy's OutOfMemoryError
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def transposed(matrix):
@@ -129,7 +164,8 @@ def to_device(x, device):
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device: found {device!r}, expected 'cpu' or 'gpu'")
     if device == "gpu" and not gpu_available():
-        raise ValueError("device: found 'gpu', but no CUDA device with cupy is available")
+        raise ValueError("device: found 'gpu', but "
+                         f"{gpu_failure() or 'cupy is not installed'}")
     return to_host(x) if device == "cpu" else cupy.asarray(x)
 
 
@@ -141,7 +177,7 @@ def to_host(x):
 def use_tf32(allowed):
     """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
 
-    To be called before the first one, which is when CuPy looks.
+    To be called before the first one, which is when CuPy looks.  `product` never does.
     """
     os.environ["CUPY_TF32"] = "1" if allowed else "0"
 

@@ -84,9 +84,12 @@ class GaussianKernel:
         gradient = squares @ outer - 2 * cross                               # (d,)
         if self.n is not None:
             c = (self.self_weight[:, 0] * product - outer / 2) / self.n      # (N,)
-            moments = xp.concatenate([xp.ones_like(squares[:1]), features, squares]).T   # (N, 1+2d)
-            n, K_F, K_squares = xp.split(self.K.filter(moments).T, [1, 1 + len(features)])
-            gradient += (squares * n + K_squares - 2 * features * K_F) @ c
+            # <c F_k^2, K 1> + <c, K F_k^2> - 2 <c F_k, K F_k>, each a sum over lattice points
+            moments = xp.concatenate([features, squares, xp.ones_like(squares[:1])])     # (2d+1, N)
+            v, v_c = xp.split(self.K.splat(xp.concatenate([moments, c * moments]).T), 2, axis=1)
+            K_v, d = self.K.blur(v), len(features)                                   # (P, 2d+1)
+            gradient += (v_c[:, d:-1] * K_v[:, -1:] + v_c[:, -1:] * K_v[:, d:-1]
+                         - 2 * v_c[:, :d] * K_v[:, :d]).sum(axis=0)
         return gradient
 
 
@@ -144,10 +147,14 @@ class KernelGradient:
 
     def result(self):
         """dL/dW, () or (L, L), and dL/dlog sigma (d,), on the host."""
-        cross = array_module(self.outer).concatenate(self.cross)[1:]         # (d,)
+        xp = array_module(self.outer)
+        cross = xp.concatenate(self.cross)[1:]                               # (d,)
         dsigma = self.kernel.shape_gradient(self.outer, cross, self.product)
-        dW = to_host(sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows)))
-        return (dW + dW.T) / 2, to_host(dsigma) * (self.W if isinstance(self.W, float) else 1)
+        dW = sum(self.dW_of_rows[start] for start in sorted(self.dW_of_rows))
+        dW = xp.asarray(dW, dtype=np.float64)
+        both = to_host(xp.concatenate([dW.ravel(), dsigma]))         # a GPU is waited for but once
+        dW, dsigma = both[:dW.size].reshape(dW.shape), both[dW.size:]        # () or (L, L), (d,)
+        return (dW + dW.T) / 2, dsigma * (self.W if isinstance(self.W, float) else 1)
 
 
 def compatible(x, W, weight=1.):

@@ -6,7 +6,7 @@ Legend: B images, C input channels, O output channels, H x W pixels, k kernel si
 """
 import numpy as np
 
-from .arrays import array_module, for_each, pieces
+from .arrays import array_module, for_each, pieces, product
 from .im2col import blocks, columns, pad, read, sum_of, write
 
 
@@ -240,14 +240,14 @@ class BilinearUpsample(Layer):
         S = scores.transpose(1, 2, 0).reshape(h, w * L)                  # (h, w*L)
         if train:
             self.R_y, self.R_x = R_y, R_x
-        return R_x @ (R_y @ S).reshape(H, w, L)                          # (W, w) @ (H, w, L)
+        return product(R_x, product(R_y, S).reshape(H, w, L))            # (W, w) @ (H, w, L)
 
     def backward(self, dy):
         """dy (H, W, L) -> dscores (L, h, w)."""
         H, _, L = dy.shape
         R_y, R_x, self.R_y, self.R_x = self.R_y, self.R_x, None, None
         # forward: Y = R_y S R_x^T
-        dS = R_y.T @ (R_x.T @ dy).reshape(H, -1)                         # (h, w*L)
+        dS = product(R_y.T, product(R_x.T, dy).reshape(H, -1))           # (h, w*L)
         return dS.reshape(R_y.shape[1], R_x.shape[1], L).transpose(2, 0, 1)
 
 

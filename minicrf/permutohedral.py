@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .arrays import array_module, blocks, for_each, sparse_module, to_host, transposed
+from .arrays import array_module, blocks, for_each, product, sparse_module, to_host, transposed
 
 LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
 LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
@@ -31,7 +31,9 @@ class PermutohedralLattice:
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
-        self.blurs = for_each(lambda step: _blur(points, step, weights.dtype), steps, weights)
+        # on the CPU an axis a thread; on a GPU all at once, as the host waits for their sizes
+        axes = steps[:, None] if array_module(features) is np else steps[None]
+        self.blurs = sum(for_each(lambda s: _blurs(points, s, weights.dtype), axes, weights), [])
         starts = array_module(features).arange(0, corners.size + 1, d + 1, dtype=np.int32)
         self._interpolate(_sparse(weights.T.ravel(), corners.ravel(), starts, len(points)))
 
@@ -199,7 +201,7 @@ def _self_response(weights):
     beta = 2.0**-m + 2.0**-(d + 1 - m)
     beta[m == 0] = 1 + 2.0**-d                    # not moved, or all the way around in either sense
     beta = xp.asarray(beta, dtype=weights.dtype)
-    return (weights * (beta @ weights)).sum(axis=0)
+    return (weights * product(beta, weights)).sum(axis=0)
 
 
 def _corners(cells, ranks):
@@ -259,34 +261,40 @@ def _distinct(words):
     return words[first], numbers, order[first]
 
 
-def _blur(points, step, dtype):
-    """The sparse (P, P) matrix of v_p + (v_p+ + v_p-) / 2, p+ and p- the neighbours along an axis.
+def _blurs(points, steps, dtype):
+    """The sparse (P, P) matrices of v_p + (v_p+ + v_p-) / 2, p+ = p + step, for each of steps (K,).
 
-    Neighbours that hold no pixel are missing and count as zero.
+    Neighbours that hold no pixel are missing and count as zero.  The matrices are made as one, one
+    below the other: row p of the k-th is row k*P + p.
     """
     xp = array_module(points)
-    after = xp.minimum(xp.searchsorted(points, points + step), len(points) - 1).astype(np.int32)
-    p = xp.flatnonzero(points[after] == points + step)    # (E,): the points for which p+ is there
-    after = after[p]
-    starts = xp.ones(len(points) + 1, dtype=np.int32)     # of the rows, which hold p, p+, p-
+    K, P = len(steps), len(points)
+    wanted = points + xp.asarray(steps)[:, None]          # (K, P): p+, wherever it is
+    after = xp.minimum(xp.searchsorted(points, wanted), P - 1).astype(np.int32)
+    rows = xp.flatnonzero(points[after] == wanted)        # (E,): those for which p+ is there
+    below = after + xp.arange(0, K * P, P, dtype=np.int32)[:, None]
+    after, below = after.ravel()[rows], below.ravel()[rows]      # (E,): p+ as a column, as a row
+    starts = xp.ones(K * P + 1, dtype=np.int32)           # of the rows, which hold p, p+, p-
     starts[0] = 0
-    starts[p + 1] += 1
-    starts[after + 1] += 1
+    starts[rows + 1] += 1
+    starts[below + 1] += 1
     starts = xp.cumsum(starts, dtype=np.int32)
-    columns = xp.empty(len(points) + 2 * len(p), dtype=np.int32)
-    columns[starts[:-1]] = xp.arange(len(points), dtype=np.int32)
-    columns[starts[p] + 1] = after
-    columns[starts[after + 1] - 1] = p
+    columns = xp.empty(K * P + 2 * len(rows), dtype=np.int32)
+    columns[starts[:-1].reshape(K, P)] = xp.arange(P)     # (K, P)
+    columns[starts[rows] + 1] = after
+    columns[starts[below + 1] - 1] = rows - (below - after)
     weights = xp.full(columns.shape, 0.5, dtype=dtype)
     weights[starts[:-1]] = 1
-    return _sparse(weights, columns, starts, len(points))
+    ends = to_host(starts[::P]).tolist()                  # of the matrices: (K+1,)
+    return [_sparse(weights[first:last], columns[first:last], starts[top:top + P + 1] - first, P)
+            for top, first, last in zip(range(0, K * P, P), ends, ends[1:])]
 
 
 def _sparse(weights, columns, starts, width):
     """The sparse matrix with `width` columns whose row i holds entries starts[i] to starts[i+1]."""
-    matrix = sparse_module(weights).csr_matrix((weights, columns, starts),
-                                               shape=(len(starts) - 1, width))
-    # No number comes twice in a row.  Nor need they be in order: products do not mind, but CuPy
-    # would look first, and sort.
+    # CuPy would look at arrays that a matrix is made of, and before its first product look whether
+    # numbers in a row are distinct, as they are, and in order, which products do not need: and sort
+    matrix = sparse_module(weights).csr_matrix((len(starts) - 1, width), dtype=weights.dtype)
+    matrix.data, matrix.indices, matrix.indptr = weights, columns, starts
     matrix.has_canonical_format = True
     return matrix

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+from .arrays import out_of_memory
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)          # Ctrl-C; what a scheduler sends
 
 
@@ -39,10 +41,11 @@ WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)           # o
 WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
 
 
-def run_program(name, function, *arguments):
+def run_program(name, function, *arguments, too_little=None):
     """function(*arguments), which returns an exit code; returns that.
 
     What a user did wrong ends in one line on stderr and code 2, Ctrl-C and SIGTERM in code 130.
+    too_little: what to say where memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)   # logs tell at once
@@ -58,8 +61,10 @@ def run_program(name, function, *arguments):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more
         error = "stopped, as nobody reads its output; what was written before is kept"
-    except MemoryError as raised:                  # CuPy's OutOfMemoryError is one
-        error = f"found too little memory ({raised})"
+    except (MemoryError, RuntimeError) as raised:
+        if not out_of_memory(raised):
+            raise
+        error = too_little or f"found too little memory ({raised})"
     except (ValueError, OSError, FloatingPointError) as raised:
         error = raised
         if isinstance(raised, OSError) and raised.filename:      # as the system says it

@@ -24,6 +24,7 @@ def test_a_number_out_of_range_is_named_shortened(text):
     (None, 0, ""), (ValueError("a.png: found x"), 2, "a.png: found x"),
     (FloatingPointError("found loss nan"), 2, "found loss nan"), (MemoryError("8 EiB"), 2, "found too little memory (8 EiB)"),
     (PermissionError(13, "Permission denied", "a.png"), 2, "a.png: found Permission denied"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "found too little memory (CUBLAS_STATUS"),
     (KeyboardInterrupt(), 130, "stopped")])
 def test_errors_end_in_one_line_and_a_code(capsys, error, code, words):
     def function():
@@ -34,6 +35,11 @@ def test_errors_end_in_one_line_and_a_code(capsys, error, code, words):
     assert program.run_program("name", function) == code
     shown = capsys.readouterr().err
     assert shown.startswith(f"name: {words}") and shown.count("\n") == 1 if error else shown == ""
+
+
+def test_an_error_of_the_programs_own_is_not_hidden():
+    with pytest.raises(RuntimeError, match="a bug"):
+        program.run_program("name", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 RUN = """
