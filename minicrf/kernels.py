@@ -84,12 +84,13 @@ class GaussianKernel:
         gradient = squares @ outer - 2 * cross                               # (d,)
         if self.n is not None:
             c = (self.self_weight[:, 0] * product - outer / 2) / self.n      # (N,)
-            # <c F_k^2, K 1> + <c, K F_k^2> - 2 <c F_k, K F_k>, each a sum over lattice points
-            moments = xp.concatenate([features, squares, xp.ones_like(squares[:1])])     # (2d+1, N)
-            v, v_c = xp.split(self.K.splat(xp.concatenate([moments, c * moments]).T), 2, axis=1)
-            K_v, d = self.K.blur(v), len(features)                                   # (P, 2d+1)
-            gradient += (v_c[:, d:-1] * K_v[:, -1:] + v_c[:, -1:] * K_v[:, d:-1]
-                         - 2 * v_c[:, :d] * K_v[:, :d]).sum(axis=0)
+            # <c F_k^2, K 1> + <c, K F_k^2> - 2 <c F_k, K F_k>, each summed up at lattice points
+            moments = xp.concatenate([xp.ones_like(squares[:1]), features, squares])     # (1+2d, N)
+            d = len(features)
+            v = self.K.splat(xp.concatenate([moments, c * moments]).T)               # (P, 2+4d)
+            n, K_F, K_squares = xp.split(self.K.blur(v[:, :1 + 2 * d]).T, [1, 1 + d])    # (., P)
+            c_1, c_F, c_squares = xp.split(v[:, 1 + 2 * d:].T, [1, 1 + d])               # (., P)
+            gradient += (c_squares * n + K_squares * c_1 - 2 * c_F * K_F).sum(axis=1)
         return gradient
 
 
