@@ -280,7 +280,7 @@ def _blurs(points, steps, dtype):
     starts[below + 1] += 1
     starts = xp.cumsum(starts, dtype=np.int32)
     columns = xp.empty(K * P + 2 * len(rows), dtype=np.int32)
-    columns[starts[:-1].reshape(K, P)] = xp.arange(P)     # (K, P)
+    columns[starts[:-1].reshape(K, P)] = xp.arange(P, dtype=np.int32)
     columns[starts[rows] + 1] = after
     columns[starts[below + 1] - 1] = rows - (below - after)
     weights = xp.full(columns.shape, 0.5, dtype=dtype)
