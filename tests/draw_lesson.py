@@ -1,7 +1,8 @@
-"""Draws the lesson's four pictures, from a drawn image and made-up scores: no network is trained.
+"""Draws the lesson's pictures, from a drawn image and made-up scores: no network is trained.
 
-    python tests/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png and
-                                             holes.png (default: into .github)
+    python tests/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png,
+                                             holes.png, and gain.png from the tables in RESULTS.md
+                                             (default: into .github)
 Legend: H x W pixels, h x w cells, L labels; colours mix in proportion to marginals.
 """
 import itertools
@@ -293,9 +294,33 @@ def holes(path):
     canvas.save(path)
 
 
+def gain(path):
+    """Joint above piecewise, with its interval: over training images, and over rates."""
+    results = (ROOT / "tests" / "RESULTS.md").read_text()
+    canvas = Canvas(300)
+    for left, title in ((90, "training images"), (560, "rate of joint")):
+        def y(points):
+            return 250 - 38 * points
+
+        table = results[results.index(f"| {title} |"):].split("\n\n")[0].splitlines()[2:]
+        for points in range(6):
+            canvas.line((left, y(points)), (left + 350, y(points)), colour=FAINT)
+            canvas.text(left - 28, y(points), f"+{points}" if points else "0", 14)
+        for i, row in enumerate(table):
+            name, *_, difference = (cell.strip() for cell in row.strip("|").split("|"))
+            middle, low, high = map(float, re.findall(r"[+-][\d.]+", difference))
+            x = left + 60 + 115 * i
+            canvas.line((x, y(low)), (x, y(high)), colour=BLUE, width=2.5)
+            canvas.disc(x, y(middle), 6, BLUE)
+            canvas.text(x, 268, name, 15)
+        canvas.text(left + 175, 288, title, 15)
+    canvas.text(62, 30, "mean IoU: joint above piecewise, in points", 17, centred=False)
+    canvas.save(path)
+
+
 def main(folder):
     e = example()
-    for draw, *what in ((pipeline, e), (marginals, e), (lattice,), (holes,)):
+    for draw, *what in ((pipeline, e), (marginals, e), (lattice,), (holes,), (gain,)):
         draw(folder / f"{draw.__name__}.png", *what)
 
 
