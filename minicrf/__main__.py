@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .arrays import gpu_available, to_device, to_host
 from .data import pictures, voc
 from .densecrf import DenseCRF
-from .files import read_npz, reason, regular, replacing
+from .files import read_npz, reason, replacing
 from .losses import VOID
 from .program import WEIGHT, WIDTH, Parser, number, run_program
 from .results import checkpoints, figures
@@ -77,7 +77,7 @@ def colour(text):
 def read_array(path, size, probabilities):
     """The scores (H, W, L) float32 in an .npy file of scores or probabilities; size: (H, W)."""
     try:
-        values = np.lib.format.open_memmap(regular(path), mode="r")
+        values = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:      # NumPy raises half a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npy file ({reason(error)})") from None
     if values.ndim != 3 or values.dtype.kind not in "fiu" or not 1 <= values.shape[2] <= MAX_LABELS:

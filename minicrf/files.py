@@ -1,4 +1,4 @@
-"""Files: written beside and renamed, read only where they have an end, one run to a folder."""
+"""Files: written beside and renamed, one run to a folder."""
 import contextlib
 import glob
 import os
@@ -35,17 +35,10 @@ def replacing(path, mode="w", newline=None):
             os.remove(beside)                      # a full disk needs the space
 
 
-def regular(path):
-    """path, after a check that nothing but a file is there, which a pipe or /dev/zero is not."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: found no regular file, expected one")
-    return path
-
-
 def read_npz(path):
     """All arrays of a .npz file.  Raises ValueError with one line."""
     try:
-        with np.load(regular(path), allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             return {key: np.asarray(archive[key]) for key in archive.files}
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None

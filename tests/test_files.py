@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, read only where they have an end, locked by one run."""
+"""Files are replaced whole or not at all; a folder is for one run."""
 import os
 import subprocess
 import sys
@@ -6,10 +6,6 @@ import sys
 import pytest
 
 from minicrf import files
-from minicrf.data import matfiles, pictures, voc, weights
-from minicrf.results import logs
-
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /dev")
 
 
 def test_a_file_is_replaced_once_it_is_whole(tmp_path):
@@ -55,20 +51,6 @@ def test_no_file_of_a_users_own_is_written_to(tmp_path, monkeypatch):
         with files.replacing(tmp_path / "a.txt") as file:
             file.write("y")
     assert mine.read_text() == "the only copy" and (tmp_path / "a.txt").read_text() == "x"
-
-
-@LINUX
-@pytest.mark.parametrize("read", [
-    weights.read_weights, weights.read_npz, matfiles.read_mat, pictures.read_photograph,
-    logs.read_log, voc._lines])
-@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_only_regular_files_are_opened(tmp_path, read, kind):
-    """A pipe would hang, /dev/zero fill the memory."""
-    path = tmp_path / "file"
-    os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
-    with pytest.raises(ValueError, match="found no regular file") as error:
-        read(path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 LOCK = """

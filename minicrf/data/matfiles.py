@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from ..files import reason, regular
+from ..files import reason
 
 TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17), "bBhHiIfdqQBH"))      # NumPy's
 LEVELS = 8                                         # of nesting; VGG's .mat has 5
@@ -22,7 +22,7 @@ def read_mat(path):
     matrices, which nobody needs, are.  Raises ValueError, OSError.
     """
     variables = {}
-    with open(regular(path), "rb") as file:
+    with open(path, "rb") as file:
         content = memoryview(file.read())
     try:
         if content[124:128] != b"\0\1IM":

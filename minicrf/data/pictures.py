@@ -4,24 +4,19 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..files import reason, regular, replacing
+from ..files import reason, replacing
 
-MAX_PIXELS = 1 << 26      # larger ones are refused before they are decoded
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
-Image.MAX_IMAGE_PIXELS = None           # Pillow's own check warns before it refuses
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS):
+def open_picture(path, kind, formats=FORMATS):
     """A Pillow image, decoded.  kind: what errors say was expected.
 
     Raises ValueError or FileNotFoundError, in one line.
     """
     try:
-        picture = Image.open(regular(path), formats=formats)
-        if picture.width * picture.height > max_pixels:
-            raise ValueError(f"found {picture.width}x{picture.height} pixels, "
-                             f"expected at most {max_pixels}")
+        picture = Image.open(path, formats=formats)
         picture.load()
         return picture
     except FileNotFoundError:
@@ -32,13 +27,13 @@ def open_picture(path, kind, formats=FORMATS, max_pixels=MAX_PIXELS):
                          f"{', '.join(formats)}") from None
 
 
-def read_photograph(path, formats=FORMATS, max_pixels=MAX_PIXELS, upright=True):
+def read_photograph(path, formats=FORMATS, upright=True):
     """A photograph as (H, W, 3) uint8 RGB; upright: turned as its orientation tag says.
 
     Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
     or FileNotFoundError with one line that names the file.
     """
-    picture = open_picture(path, "photograph", formats, max_pixels)
+    picture = open_picture(path, "photograph", formats)
     # older Pillows call 16 bits a pixel I, as all do the 32 bits of a TIFF
     deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) in (("I", "PNG"),
                                                                                  ("I", "PPM"))
@@ -78,13 +73,10 @@ def save_png(path, picture):
 
 
 def shrink(image, max_pixels=1 << 20):
-    """A photograph (H, W, 3) of at most max_pixels, its shape kept; unchanged where it fits."""
+    """A photograph (H, W, 3) of at most max_pixels, its shape kept."""
     H, W = image.shape[:2]
-    scale = (max_pixels / (H * W)) ** 0.5
-    if scale >= 1:
-        return image
-    # a side of less than one pixel becomes one, at the other's cost
-    size = [min(max(1, int(side * scale)), max_pixels) for side in (W, H)]
+    scale = min(1, (max_pixels / (H * W)) ** 0.5)
+    size = [max(1, int(side * scale)) for side in (W, H)]
     return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import regular
 from ..losses import VOID
 from .matfiles import read_mat
 from .pictures import open_picture, read_photograph, save_png
@@ -25,7 +24,6 @@ CLASS_NAMES = (
     "train", "tvmonitor")
 
 LISTS = "ImageSets/Segmentation"
-MAX_PIXELS = 2**22        # of a training image: VOC's have 2^18, and the CRF a variable for each
 
 
 def palette(n):
@@ -93,7 +91,7 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     """
     image_path, label_path = _paths(root, image_id, sbd)
     # not turned: labels go with the pixels as they are stored
-    image = read_photograph(image_path, ("JPEG", "PNG"), MAX_PIXELS, upright=False)
+    image = read_photograph(image_path, ("JPEG", "PNG"), upright=False)
     labels = _read_mat(label_path) if label_path.suffix == ".mat" else _read_png(label_path)
     if image.shape[:2] != labels.shape:
         (h, w), (lh, lw) = image.shape[:2], labels.shape
@@ -176,7 +174,7 @@ def _sbd_folder(sbd):
 def _lines(path):
     """The lines of a text file, stripped, none empty; any line endings, with or without BOM."""
     try:
-        text = regular(path).read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a "
@@ -219,7 +217,7 @@ def _paths(root, image_id, sbd):
 
 def _read_png(path):
     """Labels (H, W) from a PNG whose pixel values, not colours, are the labels."""
-    picture = open_picture(path, "label picture", ("PNG",), MAX_PIXELS)
+    picture = open_picture(path, "label picture", ("PNG",))
     with open(path, "rb") as file:
         depth, colour = file.read(26)[24:]         # of PNG's header: 0 is grey, 3 a palette
     if colour != 3 and (depth, colour) != (8, 0):  # Pillow stretches grey of fewer bits

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from ..files import read_npz, reason, regular
+from ..files import read_npz, reason
 from .matfiles import read_mat
 
 MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images
@@ -21,7 +21,7 @@ def read_weights(path):
     Returns a dict of float arrays in the convention above, `mean` among them.  Raises ValueError
     or OSError with one line that names the file, what was found and what was expected.
     """
-    with open(regular(path), "rb") as file:
+    with open(path, "rb") as file:
         start = file.read(16)
     if start[:2] == b"PK":
         weights = read_npz(path)

@@ -3,7 +3,7 @@ import csv
 import os
 import re
 
-from ..files import regular, replacing
+from ..files import replacing
 from ..training import STAGES
 
 COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")
@@ -51,7 +51,7 @@ def read_log(path):
     Raises ValueError, with the line's number, where one is not as `Log` writes them.
     """
     rows = []
-    if not os.path.exists(regular(path)):
+    if not os.path.exists(path):
         return rows
     with open(path, newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file, strict=True)
