@@ -32,8 +32,8 @@ def by_stage(unary, joint, piecewise):
     return {"unary": unary, "local": joint, "piecewise": piecewise, "joint": joint}
 
 
-TOY = dict(net="tiny", batch_size=16, iterations=by_stage(500, 40, 40),
-           rate=by_stage(2.0, 0.05, 0.05), evaluate_every=by_stage(50, 10, 10))
+TOY = dict(net="tiny", batch_size=16, iterations=by_stage(320, 30, 40),
+           rate=by_stage(2.0, 0.1, 0.2), evaluate_every=by_stage(160, 15, 20))
 VOC = dict(net="vgg16", batch_size=20, iterations=by_stage(6000, 2000, 500),
            rate=by_stage(1.0, 0.1, 0.1), evaluate_every=by_stage(200, 200, 50))
 SAVE_EVERY = 300                                         # seconds, at most, between checkpoints
@@ -335,7 +335,7 @@ def run(args):
         if args.voc is None:
             args.voc = os.path.join(args.out, f"toy_seed{args.seed}")
             print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
-            toy.draw(args.voc, seed=args.seed)
+            toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
         if args.check:
             problems = voc.check(args.voc, args.sbd)
             print("\n".join(problems) or f"{args.voc}: no problem found")

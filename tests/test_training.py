@@ -1,5 +1,6 @@
 """One training step: gradients of the whole model, micro-batches, rates, numbers out of range."""
 import gc
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -229,7 +230,7 @@ sys.path[:0] = sys.argv[1:3]
 import test_training as t
 def pages():
     gc.collect()
-    # freed, but kept by the allocator for next time: some 60 MB, that come and go
+    # freed, but kept by the allocator for next time
     ctypes.CDLL(None).malloc_trim(0)
     return int(open("/proc/self/statm").read().split()[1])
 if sys.argv[3] == "changing sizes":
@@ -256,11 +257,13 @@ else:
 def test_resident_memory_after_300_iterations_is_that_after_100(tmp_path, kind):
     """On the default run's pictures, in its batches of 16; and on pictures of ever other sizes.
 
-    Pictures read ahead make it go up and down: medians of ten readings.
+    Pictures read ahead make it go up and down: medians of ten readings.  One arena for all threads:
+    each thread's own keeps freed blocks, some 60 MB that come and go.
     """
     tests = training.__file__.replace("minicrf/training.py", "tests")
     done = subprocess.run([sys.executable, "-c", RESIDENT, tests + "/..", tests, kind, tmp_path],
-                          capture_output=True, text=True, timeout=1800)
+                          capture_output=True, text=True, timeout=1800,
+                          env={**os.environ, "MALLOC_ARENA_MAX": "1"})
     assert done.returncode == 0, done.stderr
     pages = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     n = len(pages) // 3 or 1

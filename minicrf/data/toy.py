@@ -21,18 +21,21 @@ CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")
 DRAWING = 1        # to be raised with every change of the pictures: sets drawn before are redrawn
 
 
-def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 110)):
+def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 110),
+         easy=False):
     """Draws a set in VOC's format, byte for byte the same for the same arguments.
 
     directory: becomes the folder that holds JPEGImages, SegmentationClass and ImageSets; written
     beside and renamed.  A set drawn with the same arguments stays as it is, one drawn with others
-    is replaced.  width, height: ranges (least, greatest) in pixels.  An image depends on seed,
-    split and number alone: a longer list begins with the images of a shorter one.
+    is replaced.  width, height: ranges (least, greatest) in pixels.  easy: kinds keep to
+    their colours and objects are larger, for short training.  An image depends on seed, split and
+    number alone: a longer list begins with the images of a shorter one.
     Returns directory as a Path.  Raises FileExistsError where it holds anything else.
     """
     directory = pathlib.Path(directory)
     about = (f"drawn by minicrf, drawing {DRAWING}: {n_train} + {n_val} images, seed {seed}, "
-             f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}\n")
+             f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}"
+             + ", easy" * easy + "\n")
     marker = directory / "toy.txt"
     if marker.is_file() and marker.read_bytes() == about.encode():
         return directory
@@ -52,7 +55,7 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
             for i, image_id in enumerate(ids):
                 rng = np.random.default_rng([seed, split, i])
                 image, labels = picture(rng, rng.integers(*height, endpoint=True),
-                                        rng.integers(*width, endpoint=True))
+                                        rng.integers(*width, endpoint=True), easy)
                 Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg",
                                             quality=int(rng.integers(70, 95)))
                 save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
@@ -62,17 +65,19 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
     return directory
 
 
-def picture(rng, h, w):
+def picture(rng, h, w, easy=False):
     """One image (h, w, 3) uint8 RGB and its labels (h, w) uint8, with void rims around objects."""
+    spread, anywhere, clash, radii = ((0.02, 0.02, 0.05, (0.3, 0.55)) if easy else
+                                      (0.08, 0.15, 0.3, (0.22, 0.5)))
     kinds = rng.integers(1, len(CLASS_NAMES), size=rng.integers(2, 6))
-    colours = [_colour(rng, kind) for kind in kinds]
+    colours = [_colour(rng, kind, spread, anywhere) for kind in kinds]
     # a background in an object's colour now and then: colour alone must not give objects away
-    hue, saturation, value = colours[0] if rng.random() < 0.3 else rng.uniform(0.1, 0.9, 3)
+    hue, saturation, value = colours[0] if rng.random() < clash else rng.uniform(0.1, 0.9, 3)
     canvas = _paint(_blotches(rng, h, w, 6) * 0.6 + _blotches(rng, h, w, 2) * 0.4,
                     (hue, saturation * 0.5, value), rng)
     owner = np.zeros((h, w), int)                        # which object a pixel shows; 0: none
     for number, (kind, colour) in enumerate(zip(kinds, colours), 1):
-        radius = rng.uniform(0.22, 0.5) * min(h, w)
+        radius = rng.uniform(*radii) * min(h, w)
         u, v = _coordinates(rng, h, w, radius)
         outside = _outline(kind, u, v) * radius          # in pixels, negative inside
         texture = _texture(kind, u * radius, v * radius, rng)
@@ -85,9 +90,9 @@ def picture(rng, h, w):
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
-def _colour(rng, kind):
-    """Hue, saturation, value: around the kind's own hue, and for one object in seven anywhere."""
-    hue = rng.random() if rng.random() < 0.15 else (kind / 5 + rng.normal(0, 0.08)) % 1
+def _colour(rng, kind, spread, anywhere):
+    """Hue, saturation, value: around the kind's own hue, and for a share of objects anywhere."""
+    hue = rng.random() if rng.random() < anywhere else (kind / 5 + rng.normal(0, spread)) % 1
     return hue, rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.95)
 
 

@@ -179,7 +179,7 @@ def _lines(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a "
                                 "line") from None
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, IsADirectoryError):
         lines = []
     if not lines:
         raise ValueError(f"{path}: found an empty list, or no UTF-8 text, expected one name a line")
