@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from minicrf import DenseCRF, LocalCRF, training, vgg
-from minicrf.arrays import gpu_available, gpu_failure, peak_memory, use_tf32
 from minicrf.data import loading, toy, voc, weights
-from minicrf.files import locked
-from minicrf.program import WEIGHT, WIDTH, Parser, number, path, run_program, undisturbed
+from minicrf.programs.gpu import gpu_available, gpu_failure, peak_memory, use_tf32
+from minicrf.programs.program import (WEIGHT, WIDTH, Parser, locked, number, path, run_program,
+                                      undisturbed)
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
 # The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.

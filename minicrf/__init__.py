@@ -27,8 +27,9 @@ scores of labels or probabilities; files writes; __main__ is the CRF on the comm
 __version__ = "0.1.0"
 
 from .densecrf import DenseCRF
+from .inputs import VOID
+from .learning import learn
 from .localcrf import LocalCRF
 from .meanfield import FeatureCRF
 from .permutohedral import PermutohedralLattice
 from .scores import scores_from_labels, scores_from_probabilities
-from .training import learn

@@ -3,7 +3,6 @@
 Every function of the package asks `array_module(x)` for the module its argument belongs to, so the
 same source runs on both and arrays of both kinds can live in one process.  No global switch.
 """
-import functools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -104,46 +103,6 @@ def row_maxima(x):
     return xp.ascontiguousarray(xp.moveaxis(x, -1, 0)).max(axis=0)
 
 
-def check_array(name, x, shape):
-    """Raises unless x is an array of that shape, in which a word stands for any number."""
-    if not isinstance(x, array_module(x).ndarray):
-        raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, expected a NumPy "
-                        "or CuPy array")
-    if len(x.shape) != len(shape) or any(n != expected for n, expected in zip(x.shape, shape)
-                                         if not isinstance(expected, str)):
-        raise ValueError(f"{name}: found shape {x.shape}, expected "
-                         f"({', '.join(map(str, shape))})")
-
-
-def gpu_available():
-    """True where cupy is installed and finds a CUDA device that does what it is asked for."""
-    return cupy is not None and not gpu_failure()
-
-
-def gpu_failure():
-    """What keeps cupy from using a GPU, in one line; "" where nothing does, or there is no cupy."""
-    return _failure(cupy) if cupy else ""
-
-
-@functools.cache
-def _failure(cupy):
-    """Tries each kind of work once: cupy, once imported, may find neither driver nor libraries."""
-    try:
-        x = cupy.ones((2, 2))            # float64: for float32 CuPy would settle TF32 already
-        one = cupyx.scipy.sparse.csr_matrix((x[0], cupy.arange(2), cupy.arange(3)), shape=(2, 2))
-        float((one @ x + x @ x).sum())
-        return ""
-    except Exception as error:           # of any of CUDA's libraries
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def out_of_memory(error):
-    """Whether memory ran out: CUDA's libraries say so by RuntimeErrors of their own."""
-    signs = "MemoryAllocation", "ALLOC_FAILED", "NOT_INITIALIZED", "INSUFFICIENT_RESOURCES"
-    return isinstance(error, MemoryError) or (       # as is CuPy's OutOfMemoryError
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
-
-
 def transposed(matrix):
     """A sparse matrix' transpose, ready for products with dense ones.
 
@@ -159,29 +118,15 @@ def transposed(matrix):
 def to_device(x, device):
     """The array x (or nested list) on `device`, "cpu" or "gpu"; no copy where it is there already.
 
-    Raises ValueError for another device name, or for "gpu" where there is none.
+    Raises ValueError for another device name, or for "gpu" without CuPy.
     """
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device: found {device!r}, expected 'cpu' or 'gpu'")
-    if device == "gpu" and not gpu_available():
-        raise ValueError("device: found 'gpu', but "
-                         f"{gpu_failure() or 'cupy is not installed'}")
+    if device == "gpu" and cupy is None:
+        raise ValueError("device: found 'gpu', but cupy is not installed")
     return to_host(x) if device == "cpu" else cupy.asarray(x)
 
 
 def to_host(x):
     """The array x as a NumPy array; no copy where it is one already."""
     return np.asarray(x) if array_module(x) is np else cupy.asnumpy(x)
-
-
-def use_tf32(allowed):
-    """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
-
-    To be called before the first one, which is when CuPy looks.  `product` never does.
-    """
-    os.environ["CUPY_TF32"] = "1" if allowed else "0"
-
-
-def peak_memory():
-    """The most bytes that CuPy's pool has held on the GPU, which it keeps; 0 without a GPU."""
-    return cupy.get_default_memory_pool().total_bytes() if gpu_available() else 0

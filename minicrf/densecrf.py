@@ -8,9 +8,10 @@ import json
 
 import numpy as np
 
-from .arrays import array_module, check_array
-from .files import read_npz, reason, replacing
+from .arrays import array_module
+from .inputs import check_array
 from .meanfield import FeatureCRF
+from .saving import read_npz, reason, replacing
 
 OPTIONS = "iterations", "normalization", "exclude_self", "damping", "exact", "dimensions"
 

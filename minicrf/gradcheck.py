@@ -11,8 +11,6 @@ import time
 
 import numpy as np
 
-from .exercises import BUGS, broken
-
 TOLERANCE = 1e-6
 
 
@@ -84,7 +82,8 @@ def check_layers():
 
 def check_losses():
     """Eq. 6, with a void pixel."""
-    from .losses import VOID, softmax_loss
+    from .inputs import VOID
+    from .losses import softmax_loss
     z, y = np.random.default_rng(1).standard_normal((6, 4)), np.array([0, 3, VOID, 1, 1, 2])
     yield "softmax_loss: dz", softmax_loss(z, y)[1], numerical_gradient(
         lambda _: softmax_loss(z, y)[0], z)
@@ -169,7 +168,7 @@ def check_crf():
 def check_local():
     """Fig. 2: minus the approximate log-likelihood, with a void pixel, by converged messages."""
     from .localcrf import LocalCRF
-    from .losses import VOID
+    from .inputs import VOID
     rng = np.random.default_rng(4)
     f, image = rng.standard_normal((3, 4, 3)), rng.uniform(0, 255, (3, 4, 3))
     y = rng.integers(0, 3, (3, 4))
@@ -232,6 +231,7 @@ def run(checks=(check_layers, check_losses, check_kernels, check_crf, check_loca
 
 
 def main(arguments=None):
+    from .programs.exercises import BUGS, broken
     changes = {name: f"{path}: {right.strip()} -> {wrong.strip() or '(nothing)'}"
                for path, bugs in BUGS.items() for name, (right, wrong) in bugs.items()}
     parser = argparse.ArgumentParser(

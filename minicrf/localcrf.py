@@ -7,9 +7,9 @@ Legend: H x W pixels, C image channels, L labels; S lines, the rows or columns, 
 """
 import numpy as np
 
-from .arrays import array_module, check_array, to_host
-from .losses import VOID, softmax
-from .meanfield import check_scores
+from .arrays import array_module, to_host
+from .inputs import VOID, check_array, check_scores
+from .losses import softmax
 
 
 class LocalCRF:

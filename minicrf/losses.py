@@ -5,9 +5,7 @@ network alone and z = z^T, the logits of the last mean-field step, for the netwo
 Legend: N pixels, L labels.
 """
 from .arrays import array_module, row_maxima, row_sums
-
-VOID = 255     # the label of pixels that are not scored: object borders and difficult regions
-
+from .inputs import VOID
 
 def softmax(z):
     """exp(z) / sum exp(z) over the last axis: marginals, any shape (..., L) -> (..., L).

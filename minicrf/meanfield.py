@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import array_module, blocks, check_array, for_each, row_sums
+from .arrays import array_module, blocks, for_each, row_sums
+from .inputs import check_array, check_scores
 from .kernels import GaussianKernel, KernelGradient, compatible
 from .marginals import marginals, through_marginals
 
@@ -255,18 +256,6 @@ class FeatureCRF:
         if state is None:
             raise ValueError("backward: found no forward pass with train=True before it")
         return state
-
-
-def check_scores(scores, n_labels):
-    check_array("scores", scores, ("...",) * max(getattr(scores, "ndim", 2) - 1, 1) + (n_labels,))
-    if scores.dtype.str[1:] not in ("f4", "f8") or not scores.dtype.isnative or not scores.size:
-        raise ValueError(f"scores: found {scores.size} of {scores.dtype.str}, expected float32 or "
-                         "float64 in the machine's byte order")
-    # NumPy finds one maximum ten times faster than one a pixel; a GPU should be asked but once
-    per_pixel = array_module(scores) is not np or scores.min() == -np.inf
-    best = scores.max(axis=-1) if per_pixel else scores.max()
-    if not bool((abs(best) < np.inf).all()):     # NaN compares as false
-        raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")
 
 
 def _checked_gradient(name, gradient, state):

@@ -5,7 +5,7 @@ Legend: H x W pixels, L labels.
 import numpy as np
 
 from .arrays import array_module
-from .losses import VOID
+from .inputs import VOID
 
 
 def scores_from_probabilities(p, floor=1e-6):

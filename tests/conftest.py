@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))              # for run_voc.py
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "evidence")]                # run_voc.py, scripts
 
 import run_voc   # noqa: E402, F401  before NumPy: it says how many threads products have
 from minicrf.data import toy   # noqa: E402
@@ -13,7 +14,7 @@ from minicrf.data import toy   # noqa: E402
 def programs_run_on_the_cpu():
     """What tests compare to the bit a GPU adds up in another order each time."""
     with pytest.MonkeyPatch.context() as patch:
-        for program in ("run_voc", "minicrf.__main__"):
+        for program in ("run_voc", "minicrf.programs.refine"):
             patch.setattr(f"{program}.gpu_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")           # of processes that tests start
         yield

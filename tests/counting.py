@@ -13,8 +13,9 @@ import strict_cupy
 
 from minicrf import DenseCRF, arrays, training, vgg
 from minicrf.data import toy, weights
+from minicrf.programs import gpu
 from minicrf.layers import Sequential
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 from minicrf.optim import SGD
 
 REST = "upsampling, loss, transfers"
@@ -41,7 +42,7 @@ def joint_step(preset="vgg16", batch_size=20, size=(500, 375), n_labels=21, comp
         enter = stack.enter_context
         enter(mock.patch.object(arrays, "cupy", strict_cupy.cupy))
         enter(mock.patch.object(arrays, "cupyx", strict_cupy.cupyx, create=True))
-        arrays.gpu_available()                   # which tries the device, once
+        gpu.gpu_available()                   # which tries the device, once
         image, y = toy.picture(np.random.default_rng(3), *size[::-1])
         y = np.where(y < n_labels, y, VOID).astype(np.uint8)
         if not compute:

@@ -14,7 +14,8 @@ import scipy.sparse
 
 import minicrf
 from minicrf import arrays
-from minicrf.arrays import array_module, gpu_available, sparse_module, to_device, to_host
+from minicrf.arrays import array_module, sparse_module, to_device, to_host
+from minicrf.programs.gpu import gpu_available
 
 needs_gpu = pytest.mark.skipif(not gpu_available(), reason="no CUDA device with cupy")
 

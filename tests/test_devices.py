@@ -18,9 +18,11 @@ import strict_cupy
 import minicrf
 from minicrf import DenseCRF, arrays, layers, losses, training, vgg
 from minicrf.results import checkpoints, evaluation, metrics
-from minicrf.arrays import array_module, gpu_available, to_device, to_host
+from minicrf.programs import gpu
+from minicrf.programs.gpu import gpu_available
+from minicrf.arrays import array_module, to_device, to_host
 from minicrf.kernels import GaussianKernel
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 from minicrf.optim import SGD
 from minicrf.permutohedral import PermutohedralLattice
 from minicrf.scores import scores_from_labels, scores_from_probabilities
@@ -167,7 +169,7 @@ def test_a_gpu_that_fails_is_one_line(stand_in, monkeypatch, capsys, tmp_path, n
     monkeypatch.setattr(arrays, "cupy", broken)
     monkeypatch.setattr(run_voc, "gpu_available", gpu_available)        # conftest.py hides it
     line = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    assert not gpu_available() and arrays.gpu_failure() == line
+    assert not gpu_available() and gpu.gpu_failure() == line
     with pytest.raises(ValueError, match=re.escape(line)):
         gpu(np.ones(1))
     options = ["--stage", "predict", "--weights", "none.npz", "--image", str(tmp_path)]
@@ -179,7 +181,7 @@ def test_a_gpu_that_fails_is_one_line(stand_in, monkeypatch, capsys, tmp_path, n
 
 
 def test_a_gpu_is_tried_once_and_without_settling_tf32(stand_in, rounded_products, monkeypatch):
-    arrays._failure.cache_clear()
+    gpu._failure.cache_clear()
     assert [gpu_available() for _ in range(3)] == [True] * 3 and stand_in["product"] == 1
     assert rounded_products == [False]          # CuPy reads CUPY_TF32 at a float32 product
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from minicrf import DenseCRF, training, vgg
 from minicrf.data import loading, pictures, voc
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 from minicrf.results import checkpoints, evaluation
 
 

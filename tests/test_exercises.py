@@ -12,7 +12,8 @@ import re
 import numpy as np
 import pytest
 
-from minicrf import exercises, gradcheck, losses
+from minicrf import gradcheck, losses
+from minicrf.programs import exercises
 
 PACKAGE = pathlib.Path(gradcheck.__file__).parent
 

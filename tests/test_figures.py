@@ -7,7 +7,7 @@ from PIL import Image
 
 from minicrf.data import voc
 from minicrf.results import figures
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 
 
 def labels_of_quarters(h=12, w=16):

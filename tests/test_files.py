@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from minicrf import files
+from minicrf import saving as files
+from minicrf.programs import program
 
 
 def test_a_file_is_replaced_once_it_is_whole(tmp_path):
@@ -55,7 +56,7 @@ def test_no_file_of_a_users_own_is_written_to(tmp_path, monkeypatch):
 
 LOCK = """
 import sys
-from minicrf import files
+from minicrf.programs import program as files
 with files.locked(sys.argv[1]):
     pass
 """
@@ -67,7 +68,7 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
     for left in (out, out / "panels"):
         (left / ".minicrf-left.tmp").write_text("by a run that was killed")
         (left / ".minicrf-set").mkdir()
-    with files.locked(out):
+    with program.locked(out):
         assert not list(out.glob("**/.minicrf-*"))
         command = [sys.executable, "-c", LOCK, out]
         second = subprocess.run(command, capture_output=True, text=True)
@@ -80,5 +81,5 @@ def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", "/dev/null/runs"):
         with pytest.raises(OSError, match=f"--out: found {out} .*expected a folder to write into"):
-            with files.locked(out):
+            with program.locked(out):
                 pass

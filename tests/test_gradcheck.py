@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from minicrf import exercises, gradcheck
+from minicrf import gradcheck
+from minicrf.programs import exercises
 from minicrf.gradcheck import numerical_gradient, relative_error
 
 rng = np.random.default_rng(1)

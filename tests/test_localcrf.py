@@ -10,7 +10,8 @@ from minicrf import arrays
 from minicrf.arrays import to_device, to_host
 from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.localcrf import LocalCRF
-from minicrf.losses import VOID, softmax
+from minicrf.inputs import VOID
+from minicrf.losses import softmax
 
 SIGMA = 60.
 RHO = pytest.mark.parametrize("rho", [1., 0.5])

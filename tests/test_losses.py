@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from minicrf.gradcheck import numerical_gradient, relative_error
-from minicrf.losses import VOID, softmax, softmax_loss
+from minicrf.inputs import VOID
+from minicrf.losses import softmax, softmax_loss
 
 
 def example(N=12, L=5, void=(2, 7), seed=3):

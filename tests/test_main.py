@@ -11,7 +11,7 @@ from PIL import Image
 from minicrf import DenseCRF, training, vgg
 from minicrf.data import voc
 from minicrf.results import checkpoints
-from minicrf.__main__ import colour, main
+from minicrf.programs.refine import colour, main
 
 H, W = 12, 20
 LEFT, RIGHT, UNKNOWN = (200, 30, 40), (0, 64, 128), (255, 255, 255)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from minicrf.results import metrics
-from minicrf.arrays import gpu_available
-from minicrf.losses import VOID
+from minicrf.programs.gpu import gpu_available
+from minicrf.inputs import VOID
 
 
 @pytest.fixture

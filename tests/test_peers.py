@@ -4,7 +4,8 @@ import pytest
 
 from minicrf import vgg
 from minicrf.layers import Conv2d, Dropout, MaxPool2d, ReLU
-from minicrf.losses import VOID, softmax_loss
+from minicrf.inputs import VOID
+from minicrf.losses import softmax_loss
 from minicrf.optim import SGD
 
 torch = pytest.importorskip("torch")

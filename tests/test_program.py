@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from minicrf import program
+from minicrf.programs import program
 
 whole = program.number("a whole number from 1 to 9", lambda x: 1 <= x <= 9, int)
 
@@ -44,7 +44,7 @@ def test_an_error_of_the_programs_own_is_not_hidden():
 
 RUN = """
 import os, signal, sys, time
-from minicrf.program import run_program, undisturbed
+from minicrf.programs.program import run_program, undisturbed
 def main():
     {}
 sys.exit(run_program("name", main))

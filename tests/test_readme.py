@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import run_voc
 
-from minicrf import DenseCRF, __main__, exercises, gradcheck
+from minicrf import DenseCRF, gradcheck
+from minicrf.programs import exercises, refine
 from minicrf.losses import softmax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
-         for name in ("README.md", "minicrf/README.md", "tests/RESULTS.md")}
+         for name in ("README.md", "minicrf/README.md", "tests/evidence/RESULTS.md")}
 LESSON = PAGES["minicrf/README.md"]
 FILES = [path.relative_to(ROOT) for folder in (".", "minicrf", "minicrf/data", "minicrf/results",
                                                "tests") for path in (ROOT / folder).glob("*.py")]
@@ -276,9 +277,9 @@ def help_of(main, capsys):
 
 def test_options_and_bugs_in_the_pages_exist(capsys):
     known = set()
-    for main in (run_voc.parse_arguments, __main__.parse_arguments, gradcheck.main):
+    for main in (run_voc.parse_arguments, refine.parse_arguments, gradcheck.main):
         known |= set(re.findall(r"--[a-z][a-z-]*", help_of(main, capsys)))
-    for script in ("tests/benchmark.py", "tests/experiment.py"):
+    for script in ("tests/evidence/benchmark.py", "tests/evidence/experiment.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text("utf-8")))
     lines = [line for page in PAGES.values() for line in page.splitlines()
              if "pip install" not in line]

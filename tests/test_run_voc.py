@@ -133,7 +133,7 @@ def test_joint_does_not_go_on_from_another_unary_network(trained, toy_set, tmp_p
 
 
 def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
-    """tests/experiment.py: all stages from one unary checkpoint, and one table of them."""
+    """tests/evidence/experiment.py: all stages from one unary checkpoint, and one table of them."""
     arguments = [str(toy_set), "--net", "tiny", "--batch-size", "2", "--iterations", "1",
                  "--further", "1", "--out", str(tmp_path)]
     assert experiment.main(arguments) == 0

@@ -7,7 +7,7 @@ from PIL import Image
 
 from minicrf.data import toy, voc
 from minicrf.results import metrics
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 
 
 def digests(directory):

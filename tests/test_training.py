@@ -11,7 +11,7 @@ import pytest
 from minicrf import DenseCRF, arrays, training, vgg
 from minicrf.data import loading, toy
 from minicrf.gradcheck import relative_error
-from minicrf.losses import VOID
+from minicrf.inputs import VOID
 from minicrf.results import evaluation
 
 N_CLASSES = 4

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from ..files import reason
+from ..saving import reason
 
 TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17), "bBhHiIfdqQBH"))      # NumPy's
 LEVELS = 8                                         # of nesting; VGG's .mat has 5

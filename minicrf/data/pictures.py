@@ -4,7 +4,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..files import reason, replacing
+from ..saving import reason, replacing
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that starts other programs
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")

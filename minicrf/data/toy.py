@@ -14,7 +14,7 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from ..losses import VOID
+from ..inputs import VOID
 from .voc import LISTS, save_labels
 
 CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..losses import VOID
+from ..inputs import VOID
 from .matfiles import read_mat
 from .pictures import open_picture, read_photograph, save_png
 

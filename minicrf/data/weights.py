@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from ..files import read_npz, reason
+from ..saving import read_npz, reason
 from .matfiles import read_mat
 
 MEAN = (103.939, 116.779, 123.68)             # BGR, of the ImageNet training images

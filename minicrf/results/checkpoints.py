@@ -12,7 +12,7 @@ from .. import __version__, vgg
 from ..arrays import array_module, to_host
 from ..data import weights
 from ..densecrf import DenseCRF
-from ..files import replacing
+from ..saving import replacing
 from ..localcrf import LocalCRF
 from ..meanfield import LARGEST_LOG_SIGMA
 from ..training import STAGES, Model

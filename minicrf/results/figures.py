@@ -12,7 +12,7 @@ from PIL.ImageFont import load_default as font
 
 from ..data import pictures
 from ..data.voc import palette
-from ..losses import VOID
+from ..inputs import VOID
 from .metrics import BAND
 
 INK, FAINT, PAPER = (30, 30, 30), (215, 215, 215), (255, 255, 255)

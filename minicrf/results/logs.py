@@ -3,7 +3,7 @@ import csv
 import os
 import re
 
-from ..files import replacing
+from ..saving import replacing
 from ..training import STAGES
 
 COLUMNS = ("stage", "iteration", "loss", "rate", "miou", "miou_unary", "images")

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.ndimage
 
 from ..arrays import array_module, to_host
-from ..losses import VOID
+from ..inputs import VOID
 
 BAND = 5        # pixels on either side of a class boundary, where a CRF has most to do
 

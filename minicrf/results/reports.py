@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from ..data import weights
-from ..files import replacing
+from ..saving import replacing
 from ..training import STAGES
 from . import checkpoints, figures, logs, metrics
 from .evaluation import evaluate

@@ -1,9 +1,9 @@
 """Time and memory, beside pydensecrf and PyTorch where they are installed: peers, not dependencies.
 
-    python tests/benchmark.py --crf [IMAGE [LABELS]]
-    python tests/benchmark.py --net --preset largefov --batch-size 2
-    python tests/benchmark.py --joint --preset vgg16 --batch-size 20 --device gpu
-    python tests/benchmark.py --count
+    python tests/evidence/benchmark.py --crf [IMAGE [LABELS]]
+    python tests/evidence/benchmark.py --net --preset largefov --batch-size 2
+    python tests/evidence/benchmark.py --joint --preset vgg16 --batch-size 20 --device gpu
+    python tests/evidence/benchmark.py --count
 
 What a row compares runs in turn in one process, A B A B.  It gives the median of each and, in
 brackets, the median over the rounds of ours / theirs.  Memory is that of a process of its own.
@@ -25,14 +25,16 @@ if (os.cpu_count() or 1) <= 4:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # as run_voc.py, before NumPy comes in
 import numpy as np   # noqa: E402
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import counting   # noqa: E402
 from minicrf import DenseCRF, arrays, layers, training, vgg   # noqa: E402
 from minicrf.data import pictures, toy, weights   # noqa: E402
-from minicrf.__main__ import read_labels   # noqa: E402
+from minicrf.programs import gpu   # noqa: E402
+from minicrf.programs.refine import read_labels   # noqa: E402
 from minicrf.kernels import GaussianKernel   # noqa: E402
-from minicrf.losses import VOID, softmax_loss   # noqa: E402
+from minicrf.inputs import VOID   # noqa: E402
+from minicrf.losses import softmax_loss   # noqa: E402
 from minicrf.scores import scores_from_labels   # noqa: E402
 
 PIECES = "conv1_2", "conv3_2", "conv5_1", "fc6"
@@ -472,9 +474,9 @@ def main():
     args = parse_arguments()
     if args.count:
         return show_count(args)
-    if args.device == "gpu" and not arrays.gpu_available():
+    if args.device == "gpu" and not gpu.gpu_available():
         print("benchmark.py: --device: found gpu, but "
-              f"{arrays.gpu_failure() or 'cupy is not installed'}; expected cpu", file=sys.stderr)
+              f"{gpu.gpu_failure() or 'cupy is not installed'}; expected cpu", file=sys.stderr)
         sys.exit(2)
     prepare(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,6 +1,6 @@
 """Draws the lesson's pictures, from a drawn image and made-up scores: no network is trained.
 
-    python tests/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png,
+    python tests/evidence/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png,
                                              holes.png, and gain.png from the tables in RESULTS.md
                                              (default: into .github)
 Legend: H x W pixels, h x w cells, L labels; colours mix in proportion to marginals.
@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.ImageFont import load_default as font
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from minicrf import DenseCRF, PermutohedralLattice, plain   # noqa: E402
 from minicrf.data import toy, voc   # noqa: E402
 from minicrf.layers import BilinearUpsample   # noqa: E402
-from minicrf.losses import VOID, softmax_loss   # noqa: E402
+from minicrf.inputs import VOID   # noqa: E402
+from minicrf.losses import softmax_loss   # noqa: E402
 
 WIDTH, FINE = 960, 3            # pixels of a picture; how much larger it is drawn, then reduced
 INK, GREY, FAINT = (30, 30, 30), (120, 120, 120), (222, 222, 222)
@@ -296,7 +297,7 @@ def holes(path):
 
 def gain(path):
     """Joint above piecewise, with its interval: over training images, and over rates."""
-    results = (ROOT / "tests" / "RESULTS.md").read_text()
+    results = (ROOT / "tests" / "evidence" / "RESULTS.md").read_text()
     canvas = Canvas(300)
     for left, title in ((90, "training images"), (560, "rate of joint")):
         def y(points):

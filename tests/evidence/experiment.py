@@ -1,7 +1,7 @@
 """The paper's comparison in one call: is joint training worth it?
 
-    python tests/experiment.py drawn --seeds 0 1 2 3 4
-    python tests/experiment.py PATH/TO/VOC2012 --sbd PATH/TO/SBD --weights vgg16_conv.npz
+    python tests/evidence/experiment.py drawn --seeds 0 1 2 3 4
+    python tests/evidence/experiment.py PATH/TO/VOC2012 --sbd PATH/TO/SBD --weights vgg16_conv.npz
 
 Trains unary; then, all from that checkpoint, unary again (the control), local, piecewise and joint;
 then measures all of them on the whole validation list.  `drawn`: 2,400 drawn images to train on,
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import run_voc   # noqa: E402
 from minicrf.data import toy   # noqa: E402

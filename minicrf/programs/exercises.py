@@ -71,7 +71,7 @@ BUGS = {
         "crf-softmax-skipped": ("dz[rows] = through_marginals(dq, q[rows], c if t > 1 else 0)",
                                 "dz[rows] = dq"),
         "crf-start-damped": ("c if t > 1 else 0", "c")},
-    "training.crf_gradients": {
+    "learning.crf_gradients": {
         # "truth minus marginals" alone, back-tracking left out
         "joint-crf-skipped": ("loss, crf.backward_logits(dz), crf.grads",
                               "loss, (crf.backward_logits(dz), dz)[1], crf.grads"),

@@ -1,11 +1,18 @@
-"""What the command lines share: options, errors in one line, and how they are stopped."""
+"""What the command lines share: options, errors in one line, how they are stopped, one run a folder."""
 import argparse
 import contextlib
+import glob
 import os
+import shutil
 import signal
 import sys
 
-from .arrays import out_of_memory
+from .gpu import out_of_memory
+
+try:
+    import fcntl
+except ImportError:                     # Windows: no locks
+    fcntl = None
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)          # Ctrl-C; what a scheduler sends
 
@@ -85,3 +92,31 @@ def undisturbed():
             signal.signal(number, handler)
     if waiting:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """While this context lasts, no other run gets the output folder; made where there is none.
+
+    However this one ends, the system lets the folder go.  Clears what killed runs were writing.
+    Raises OSError where another run has it, or nothing can be written into it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "a")
+    except OSError as error:
+        raise OSError(f"--out: found {folder} ({error.strerror}), expected a folder to write "
+                      "into") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"--out: found another run at work in {folder}; expected another folder, or "
+                      "to wait until it ends") from None
+    except OSError:                                # a file system without locks
+        pass
+    with file:
+        for place in ("", "panels"):
+            for left in glob.glob(os.path.join(glob.escape(folder), place, ".minicrf-*")):
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+        yield

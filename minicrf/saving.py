@@ -1,16 +1,9 @@
-"""Files: written beside and renamed, one run to a folder."""
+"""Files: written beside and renamed, read without running anything in them."""
 import contextlib
-import glob
 import os
 import secrets
-import shutil
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:                     # Windows: no locks
-    fcntl = None
 
 
 @contextlib.contextmanager
@@ -42,34 +35,6 @@ def read_npz(path):
             return {key: np.asarray(archive[key]) for key in archive.files}
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """While this context lasts, no other run gets the output folder; made where there is none.
-
-    However this one ends, the system lets the folder go.  Clears what killed runs were writing.
-    Raises OSError where another run has it, or nothing can be written into it.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "lock"), "a")
-    except OSError as error:
-        raise OSError(f"--out: found {folder} ({error.strerror}), expected a folder to write "
-                      "into") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"--out: found another run at work in {folder}; expected another folder, or "
-                      "to wait until it ends") from None
-    except OSError:                                # a file system without locks
-        pass
-    with file:
-        for place in ("", "panels"):
-            for left in glob.glob(os.path.join(glob.escape(folder), place, ".minicrf-*")):
-                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
-        yield
 
 
 def reason(error):

@@ -1,0 +1,29 @@
+"""What callers hand in, checked once: arrays of the right kind and shape, scores, labels."""
+import numpy as np
+
+from .arrays import array_module
+
+VOID = 255     # the label of pixels that are not scored: object borders and difficult regions
+
+
+def check_array(name, x, shape):
+    """Raises unless x is an array of that shape, in which a word stands for any number."""
+    if not isinstance(x, array_module(x).ndarray):
+        raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, expected a NumPy "
+                        "or CuPy array")
+    if len(x.shape) != len(shape) or any(n != expected for n, expected in zip(x.shape, shape)
+                                         if not isinstance(expected, str)):
+        raise ValueError(f"{name}: found shape {x.shape}, expected "
+                         f"({', '.join(map(str, shape))})")
+
+
+def check_scores(scores, n_labels):
+    check_array("scores", scores, ("...",) * max(getattr(scores, "ndim", 2) - 1, 1) + (n_labels,))
+    if scores.dtype.str[1:] not in ("f4", "f8") or not scores.dtype.isnative or not scores.size:
+        raise ValueError(f"scores: found {scores.size} of {scores.dtype.str}, expected float32 or "
+                         "float64 in the machine's byte order")
+    # NumPy finds one maximum ten times faster than one a pixel; a GPU should be asked but once
+    per_pixel = array_module(scores) is not np or scores.min() == -np.inf
+    best = scores.max(axis=-1) if per_pixel else scores.max()
+    if not bool((abs(best) < np.inf).all()):     # NaN compares as false
+        raise ValueError("scores: found NaN, +inf, or a pixel with -inf for every label")

@@ -1,0 +1,1 @@
+"""What the command lines share: options, stopping, GPUs; refine is `python -m minicrf`."""
