@@ -61,7 +61,7 @@ def for_each(function, items, x, work=None, products=False):
     A call of for_each within one of these threads does its work there.
     """
     alone = (array_module(x) is not np or (work or x.size) <= SMALL
-             or products and BLAS_HAS_THREADS or getattr(WORKER, "busy", False))
+             or products and BLAS_HAS_THREADS or getattr(WORKER, "busy", False) or len(items) == 1)
     return list(map(function, items) if alone else POOL.map(function, items))
 
 
@@ -69,6 +69,37 @@ def blocks(n, x):
     """Slices that n rows are worked on by, for work on the array x: all at once on a GPU."""
     size = BLOCK if array_module(x) is np else n
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class Rows:
+    """An array whose rows are computed when they are read: [rows] for a slice of them, [:] for all.
+
+    What is needed but once then never leaves a processor's cache, if `rowwise` reads it.
+    """
+
+    def __init__(self, compute):
+        self.compute = compute               # a slice -> those rows
+
+    def __getitem__(self, rows):
+        return self.compute(rows)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
+
+def rowwise(function, out, *arrays):
+    """function(*arrays), which treats each row by itself: (N, .) arrays -> (N, .), put into out.
+
+    On the CPU by blocks of rows, in threads; out may be one of the arrays.  A GPU gives a new array.
+    """
+    if array_module(out) is not np:
+        return function(*(x[:] for x in arrays))
+
+    def one_block(rows):
+        out[rows] = function(*(x[rows] for x in arrays))
+
+    for_each(one_block, blocks(len(out), out), out, work=out.size * len(arrays))
+    return out
 
 
 def pieces(x):

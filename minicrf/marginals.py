@@ -11,17 +11,16 @@ NEWTON_STEPS = 20       # 4 to 13 suffice for logits up to 100 and damping up to
 NEWTON_ERROR = {"f": 1e-6, "d": 1e-14}           # of the sum of a row's marginals
 
 
-def marginals(z, q_old, c):
-    """q (N, L): log q + c q = z + c q_old - lambda, its rows sum to 1.  c = 0: softmax(z).
+def marginals(z, c):
+    """q (N, L): log q + c q = z - lambda, its rows sum to 1.  c = 0: softmax(z).
 
     "A non-linear system of equations independently for each marginal" (Sec. 3.1), in u = log q and
-    lambda, by Newton's method.
+    lambda, by Newton's method: plain.log_marginals.
     """
     if c == 0:
         return _softmax(z)
     xp = array_module(z)
-    z = z + c * q_old
-    z -= row_maxima(z)[:, None]
+    z = z - row_maxima(z)[:, None]
     z = xp.maximum(z, -1000 * (1 + c))           # also -inf: there exp(u) is 0
     u = z / (1 + c)                              # u = log softmax(z / (1 + c)) to start with
     u -= xp.log(row_sums(xp.exp(u)))[:, None]
@@ -57,8 +56,17 @@ def _softmax(z):
     return softmax(z)
 
 
+def through_log_marginals(du, q, c):
+    """dL/dz from dL/du, u = log q, q = marginals(z, c), all (N, L).
+
+    (1 + c q) du = dz - dlambda and sum_l q du = 0: the backward of plain.log_marginals.
+    """
+    if c == 0:
+        return du - q * row_sums(du)[:, None]
+    g, h = du / (1 + c * q), q / (1 + c * q)
+    return g - h * (row_sums(g) / row_sums(h))[:, None]
+
+
 def through_marginals(dq, q, c):
-    """dL/dz from dL/dq, q = marginals(z, ...), all (N, L)."""
-    h = q / (1 + c * q) if c else q
-    mean = row_sums(h * dq) / row_sums(h) if c else row_sums(h * dq)         # sum_l q = 1
-    return h * (dq - mean[:, None])
+    """dL/dz from dL/dq, all (N, L): q = exp u."""
+    return through_log_marginals(q * dq, q, c)

@@ -2,17 +2,20 @@
 
     q^0 = softmax(f);   z^t = f + sum_m K_m q^(t-1) W_m;   q^t = softmax(z^t),   t = 1..T
 Eq. 5 for all pixels at once; W_m is the compatibility mu^(m) as a score, w_m I for Potts (Eq. 9).
+plain.mean_field is the same with dense matrices.
 Legend: S the shape of the image, N its pixels; L labels; M kernels, the m-th one of d_m features;
 T mean-field steps.
 """
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import array_module, blocks, for_each, row_sums
+from .arrays import array_module, for_each, rowwise, to_host
 from .inputs import check_array, check_scores
-from .kernels import GaussianKernel, KernelGradient, compatible
-from .marginals import marginals, through_marginals
+from .kernels import GaussianKernel, compatible
+from .losses import softmax
+from .marginals import marginals, through_log_marginals, through_marginals
 
 LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone astray
 
@@ -20,10 +23,9 @@ LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone ast
 class State(NamedTuple):
     """What a forward pass keeps for its way back."""
     kernels: list       # M GaussianKernels
-    W: list             # M compatibilities: numbers, or matrices (L, L)
+    W: object           # M compatibilities, (M,) or (M, L, L), where the scores are
     c: float            # damping
     steps: list         # q^0 .. q^(T-1), each (N, L)
-    q: object           # q^T (N, L)
     logits: object      # log q^T (*S, L), up to a constant a pixel: z^T where c = 0
 
 
@@ -92,35 +94,32 @@ class FeatureCRF:
         label forbidden, weights too large for the dtype, or shapes that disagree.  No argument is
         written to.
         """
-        xp = array_module(scores)
+        xp, c = array_module(scores), self.damping
         check_scores(scores, self.n_labels)
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         kernels, W = self._kernels(features, scores), self._compatibility(f)
-        q, logits = xp.zeros_like(f), xp.empty_like(f) if train else None    # (N, L)
-        steps = []                                                           # q^0 .. q^(T-1)
 
-        def update(rows):
-            z = f[rows].copy()                                               # z^0 = f
-            for kernel, W_m, v in zip(kernels, W, spread):                   # + K_m q^(t-1) W_m
-                z += kernel.gather(v, q_old[rows], W_m, rows)
-            new = marginals(z, q_old[rows], c)
-            if train and t == self.iterations:
-                logits[rows] = z + c * (q_old[rows] - new) if c else z
-            q[rows] = new
+        def add_up(f, q, *messages):             # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            z = f + c * q if c else f.copy()
+            for K_q, W_m in zip(messages, W):
+                z += compatible(K_q, W_m)
+            return z
 
-        for t in range(self.iterations + 1):
-            c = self.damping if t > 0 else 0
-            q_old, q = q, xp.empty_like(f) if train else q
-            spread = for_each(lambda m: compatible(kernels[m].spread(q_old), W[m]),
-                              range(len(kernels) if t > 0 else 0), f)
-            for_each(update, blocks(len(f), f), f)
-            steps += [q_old] if train and t > 0 else []
+        z, q, steps = f, rowwise(lambda f: marginals(f, 0), xp.empty_like(f), f), []
+        for t in range(1, self.iterations + 1):
+            if train:
+                steps.append(q)
+            messages = for_each(lambda kernel: kernel.filter(q), kernels, q)
+            z = rowwise(add_up, xp.empty_like(f), f, q, *messages)
+            kept = train and t == self.iterations                            # z^T, for the loss
+            q = rowwise(lambda z: marginals(z, c), xp.empty_like(z) if kept else z, z)
 
         if not bool(abs(q.sum()) < np.inf):                                  # NaN compares as false
             raise ValueError(f"w: found {self.params['w'].tolist()}, too large for marginals in "
                              f"{f.dtype}; expected smaller weights")
         if train:
-            self.state = State(kernels, W, self.damping, steps, q, logits.reshape(scores.shape))
+            logits = z - c * q if c and steps else z
+            self.state = State(kernels, W, c, steps, logits.reshape(scores.shape))
         return q.reshape(scores.shape)                                       # (*S, L)
 
     @property
@@ -136,45 +135,47 @@ class FeatureCRF:
         """
         state = self._kept(state)
         dq = _checked_gradient("dq", dq, state)
-        return self._back_track(through_marginals(dq, state.q, state.c), state)
+        q = softmax(state.logits.reshape(dq.shape))
+        return self._back_track(through_marginals(dq, q, state.c if state.steps else 0), state)
 
+    # forward: logits = log q^T
     def backward_logits(self, dz, state=None):
         """The same from dL/dlogits, (*S, L) or (N, L): q - onehot(y) for Eq. 6, no 1/q in it."""
         state = self._kept(state)
         dz = _checked_gradient("dz", dz, state)
         if state.c and state.steps:
-            # forward: logits = z^T + c q^(T-1) - c q^T, q^T = marginals(z^T + c q^(T-1))
-            weight = 1 / (1 + state.c * state.q)                             # (N, L)
-            h = state.q * weight
-            dz = weight * dz
-            dz -= h * (row_sums(dz) / row_sums(h))[:, None]
+            dz = through_log_marginals(dz, softmax(state.logits.reshape(dz.shape)), state.c)
         return self._back_track(dz, state)
 
     def _back_track(self, dz, state):
         """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, however many the parameters."""
-        df, dz, c = array_module(dz).zeros_like(dz), dz.copy(), state.c      # (N, L)
-        kernels = [KernelGradient(*each) for each in zip(state.kernels, state.W)]
-        def turn_back(rows):
-            df[rows] += dz[rows]
-            dq = c * dz[rows]
-            for kernel in kernels:                                           # + K_m^T dz^t W_m
-                dq += kernel.gather(q[rows], dz[rows], rows)
-            # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
-            dz[rows] = through_marginals(dq, q[rows], c if t > 1 else 0)
+        kernels, W, c, steps, _ = state
+        xp, A, K_A = array_module(dz), [], []                    # dz^t, and K_m^T dz^t, t = T .. 1
 
-        for t in range(len(state.steps), 0, -1):
+        def add_up(dz, *messages):               # dq^(t-1) = sum_m K_m^T dz^t W_m + c dz^t
+            dq = c * dz
+            for K_dz, W_m in zip(messages, W):
+                dq += compatible(K_dz, W_m)
+            return dq
+
+        for t in range(len(steps), 0, -1):
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
-            q = state.steps[t - 1]
-            q_dz = array_module(q).concatenate([q, dz], axis=1)              # (N, 2L)
-            for_each(lambda part: part[0].spread(part[1], q_dz),             # the largest first
-                     [(kernel, part) for kernel in kernels[::-1] for part in kernel.parts], dz)
-            for_each(turn_back, blocks(len(dz), dz), dz)
-        # forward: z^0 = f
-        df += dz
-        for m, (name, kernel) in enumerate(zip(self._widths(), kernels)):
-            dW, dsigma = kernel.result()
-            self.grads["w"][m] += dW
-            self.grads[name] += dsigma
+            messages = for_each(lambda kernel: kernel.filter_transpose(dz), kernels, dz)
+            A.append(dz)
+            K_A.append(messages)
+            dq = rowwise(add_up, xp.empty_like(dz), dz, *messages)
+            # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
+            through = functools.partial(through_marginals, c=c if t > 1 else 0)
+            dz = rowwise(through, dq, dq, steps[t - 1])
+        # forward: z^t = f + ..., and z^0 = f
+        df = rowwise(lambda *dz: sum(dz), xp.empty_like(dz), dz, *A)
+
+        # forward: z^t = ... + K_m q^(t-1) W_m ..., for all t at once
+        for m, name in enumerate(self._widths() if A else ()):
+            K_m_A = [messages[m] for messages in K_A]
+            dW, dlog_sigma = kernels[m].backward(A, K_m_A, steps[::-1], W[m])
+            self.grads["w"][m] += to_host(dW)
+            self.grads[name] += to_host(dlog_sigma)
         return df.reshape(state.logits.shape)                                # (*S, L)
 
     def project(self):
@@ -200,7 +201,7 @@ class FeatureCRF:
         one = xp.ones_like(scores[..., :1]).reshape(-1, 1)                   # (N, 1)
         c, of_W = 0, w[:, None] if w.ndim == 1 else np.linalg.eigvalsh(w)    # eigenvalues (M, L)
         for kernel, low, high in zip(self._kernels(features, scores), of_W.min(1), of_W.max(1)):
-            c = c + xp.maximum(kernel.self_weight * max(0., float(high)),
+            c = c + xp.maximum(kernel.kappa * max(0., float(high)),
                                kernel.filter(one) * max(0., float(-low)))
         return float(c.max())
 
@@ -220,7 +221,7 @@ class FeatureCRF:
         log_q, f_q = xp.log(xp.where(possible, q, 1)), xp.where(possible, f, 0)
         energy = (q * (log_q - f_q)).sum(dtype=np.float64)
         for kernel, W_m in zip(kernels, self._compatibility(f)):
-            Kq = kernel.K_hat.filter(q) - kernel.diagonal[:, None] * q
+            Kq = kernel.K_with_self.filter(q) - kernel.diagonal[:, None] * q
             energy = energy - (q * compatible(Kq, W_m)).sum(dtype=np.float64) / 2
         return float(energy)
 
@@ -228,9 +229,9 @@ class FeatureCRF:
         return [name for name in self.params if name != "w"]
 
     def _compatibility(self, f):
-        """W_m, m = 1..M: numbers, or matrices (L, L) where f is and in its dtype."""
+        """W: numbers (M,) or matrices (M, L, L), where f is and in its dtype."""
         w = self.params["w"]
-        return w.tolist() if w.ndim == 1 else list(array_module(f).asarray(w.astype(f.dtype)))
+        return array_module(f).asarray(w.astype(f.dtype))
 
     def _kernels(self, features, scores):
         """The M GaussianKernels of features, M arrays (*S, d_m), in the dtype of the scores."""
@@ -244,11 +245,11 @@ class FeatureCRF:
             check_array("features", F, (*scores.shape[:-1], d))
             with np.errstate(over="ignore"):     # astray: found when the step is checked
                 sigma = np.exp(self.params[name])
-            xp = array_module(scores)
-            F = xp.asarray(F).reshape(-1, d).T.astype(scores.dtype)
-            F = xp.ascontiguousarray(F)                                      # (d, N)
-            kernels.append(GaussianKernel(F, sigma, self.normalization, self.exclude_self,
-                                          self.exact))
+            F = array_module(scores).asarray(F).reshape(-1, d)               # (N, d)
+            if F.dtype != scores.dtype:          # large offsets want all of their digits
+                F = F.astype(np.float64)
+            kernels.append(GaussianKernel(F, sigma, scores.dtype, self.normalization,
+                                          self.exclude_self, self.exact))
         return kernels
 
     def _kept(self, state):
@@ -261,5 +262,7 @@ class FeatureCRF:
 def _checked_gradient(name, gradient, state):
     """dL/dq or dL/dlogits as (N, L), in the dtype of the marginals."""
     flat = getattr(gradient, "ndim", 0) == 2
-    check_array(name, gradient, state.q.shape if flat else state.logits.shape)
-    return gradient.reshape(state.q.shape).astype(state.q.dtype, copy=False)
+    L = state.logits.shape[-1]
+    shape = (state.logits.size // L, L)                                      # (N, L)
+    check_array(name, gradient, shape if flat else state.logits.shape)
+    return gradient.reshape(shape).astype(state.logits.dtype, copy=False)
