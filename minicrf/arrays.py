@@ -90,7 +90,8 @@ class Rows:
 def rowwise(function, out, *arrays):
     """function(*arrays), which treats each row by itself: (N, .) arrays -> (N, .), put into out.
 
-    On the CPU by blocks of rows, in threads; out may be one of the arrays.  A GPU gives a new array.
+    On the CPU by blocks of rows, in threads, and out may be one of the arrays; a GPU gives a new
+    array.
     """
     if array_module(out) is not np:
         return function(*(x[:] for x in arrays))

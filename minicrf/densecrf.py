@@ -4,16 +4,11 @@ Mean field and its way back are those of meanfield.py; here are the features: po
 positions with colours.
 Legend: S the shape of the image, C its channels, D its dimensions; L labels; M kernels.
 """
-import json
-
 import numpy as np
 
 from .arrays import array_module
 from .inputs import check_array
 from .meanfield import FeatureCRF
-from .saving import read_npz, reason, replacing
-
-OPTIONS = "iterations", "normalization", "exclude_self", "damping", "exact", "dimensions"
 
 
 class DenseCRF(FeatureCRF):
@@ -31,7 +26,7 @@ class DenseCRF(FeatureCRF):
 
     params, grads: "w" (M,) or (M, L, L), "log_sigma_position" (D,), "log_sigma_bilateral" (D+C,).
     """
-    __slots__ = ("dimensions",)
+    OPTIONS = *FeatureCRF.OPTIONS, "dimensions"
 
     def __init__(self, n_labels, *, w=(3., 10.), sigma_position=3., sigma_bilateral=(80., 13.),
                  iterations=5, normalization="symmetric", exclude_self=True, damping=0.,
@@ -49,33 +44,17 @@ class DenseCRF(FeatureCRF):
                 more = " and each channel" if name == "bilateral" else ""
                 raise ValueError(f"sigma_{name}: found {length} widths, expected one for each of "
                                  f"{D} dimensions{more}")
-        if len(w) == 2:
+        if np.ndim(w) and len(w) == 2:           # of both kernels, whichever are used
             w = [w_m for w_m, name in zip(w, sigmas) if name in used]
         super().__init__(n_labels, w=w, sigmas={name: sigmas[name] for name in used},
                          iterations=iterations, normalization=normalization, damping=damping,
                          exclude_self=exclude_self, exact=exact)
 
-    def save(self, path):
-        """Write parameters and options into an .npz file.  Raises OSError, naming it."""
-        options = {name: getattr(self, name) for name in ("n_labels", *OPTIONS)}
-        with replacing(path, "wb") as file:
-            np.savez(file, options=np.array(json.dumps(options)), **self.params)
-
     @classmethod
-    def load(cls, path):
-        """The CRF that `save` wrote.  Raises ValueError or OSError with one line."""
-        arrays = read_npz(path)
-        try:
-            options = json.loads(str(arrays["options"]))
-            sigmas = {f"sigma_{name}": np.exp(arrays[f"log_sigma_{name}"]) if
-                      f"log_sigma_{name}" in arrays else None for name in ("position", "bilateral")}
-            crf = cls(w=arrays["w"], **sigmas, **options)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: found no CRF ({reason(error)}), expected a file of "
-                             "DenseCRF.save") from None
-        for name, p in crf.params.items():
-            p[...] = arrays[name]                # not what exp and log have rounded
-        return crf
+    def _build(cls, options, params):
+        sigmas = {f"sigma_{name}": np.exp(params[f"log_sigma_{name}"])
+                  if f"log_sigma_{name}" in params else None for name in ("position", "bilateral")}
+        return cls(w=params["w"], **sigmas, **options)
 
     def _kernels(self, image, scores):
         xp, shape = array_module(scores), scores.shape[:-1]

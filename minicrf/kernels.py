@@ -72,13 +72,13 @@ class GaussianKernel:
 
         A, B = [q^0 .. q^(T-1)]: lists of arrays (N, L).  K_A: `filter_transpose` of each in A.
         W: the compatibility, () or symmetric (L, L).
-        plain.gaussian_kernel's backward for dK_hat = sum_t dz^t (q^(t-1) W)^T, which is never formed.
+        plain.gaussian_kernel's backward for dK_hat = sum_t dz^t (q^(t-1) W)^T, never formed.
         """
-        groups = groups_of_columns(A)
-        pieces = [(side_by_side(A[steps]), side_by_side(B[steps])) for steps in groups]
-        dW, both, same = map(sum, zip(*for_each(lambda each: self._sums(*each[0], K_A[each[1]], W),
-                                                list(zip(pieces, groups)), A[0])))
-        same *= self.kappa[:, 0]
+        pieces = [(side_by_side(A[steps]), side_by_side(B[steps]), K_A[steps])
+                  for steps in groups_of_columns(A)]
+        sums = for_each(lambda piece: self._sums(*piece, W), pieces, A[0])
+        dW, both, same = (sum(each) for each in zip(*sums))
+        same = self.kappa[:, 0] * same
 
         # dK = dK_hat / sqrt(n n^T), for j != i, ...
         dlog_sigma = self._moments(self.K_with_self, pieces, W, both + same)
@@ -118,7 +118,7 @@ class GaussianKernel:
         scaled = for_each(K.scaled, list(self.F.T), self.F)      # their splat is that of F_k v
 
         def cross(task):
-            K_k, (a, b) = task
+            K_k, (a, b, *_) = task
             return (compatible(K_k.splat(a), W) * K_k.blur(K_k.splat(b))).sum(dtype=np.float64)
 
         crosses = for_each(cross, list(itertools.product(scaled, pieces)), pieces[0][0])

@@ -16,6 +16,7 @@ from .inputs import check_array, check_scores
 from .kernels import GaussianKernel, compatible
 from .losses import softmax
 from .marginals import marginals, through_log_marginals, through_marginals
+from .saving import load_crf, save_crf
 
 LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone astray
 
@@ -45,11 +46,11 @@ class FeatureCRF:
 
     params, grads: dicts of float64 NumPy arrays "w" and "log_sigma_NAME", NAME being 0 .. M-1 or a
         key of sigmas.  backward adds into grads; `project` keeps w in range when learning.
-    state: what the last forward kept for backward.
+    state: what the last forward kept for backward; pickles leave it out.  `state.steps` is
+        q^0 .. q^(T-1), each (N, L), to watch convergence by.
     Raises ValueError where an option has the wrong length, sign or name.
     """
-    __slots__ = ("n_labels", "iterations", "normalization", "exclude_self", "damping", "exact",
-                 "params", "grads", "state")
+    OPTIONS = "n_labels", "iterations", "normalization", "exclude_self", "damping", "exact"
 
     def __init__(self, n_labels, *, w, sigmas, iterations=5, normalization="symmetric",
                  exclude_self=True, damping=0., exact=False):
@@ -57,16 +58,23 @@ class FeatureCRF:
             raise ValueError(f"normalization: found {normalization!r}, "
                              "expected 'symmetric' or 'none'")
         M, L = len(sigmas), n_labels
-        if not (L >= 1 and iterations >= 0 and 0 <= damping < np.inf and M):
-            raise ValueError(f"found {M} kernels, n_labels {L}, iterations {iterations} and "
-                             f"damping {damping}, expected 1, 1, 0 and 0 or more")
+        if L < 2:
+            raise ValueError(f"n_labels: found {L}, expected 2 or more; for one class' probability "
+                             "p, as of a sigmoid, stack [1 - p, p] as two labels")
+        if not (iterations >= 0 and 0 <= damping < np.inf and M):
+            raise ValueError(f"found {M} kernels, iterations {iterations} and damping {damping}, "
+                             "expected 1, 0 and 0 or more")
         self.n_labels, self.iterations, self.normalization = n_labels, iterations, normalization
         self.exclude_self, self.damping, self.exact = exclude_self, damping, exact
         self.state = None
-        w = np.array(w, dtype=np.float64)
+        given = w
+        try:
+            w = np.array(w, dtype=np.float64)
+        except (TypeError, ValueError):          # numbers and matrices together
+            w = np.array(np.nan)
         if (w.shape not in ((M,), (M, L, L)) or not np.isfinite(w).all()
                 or w.ndim == 3 and not np.allclose(w, w.swapaxes(1, 2))):
-            raise ValueError(f"w: found {w.tolist()}, expected a finite number for each kernel, "
+            raise ValueError(f"w: found {given!r}, expected a finite number for each kernel, "
                              f"({M},), or symmetric matrices, ({M}, {L}, {L})")
         self.params = {"w": w}
         for name, sigma in (sigmas.items() if isinstance(sigmas, dict) else enumerate(sigmas)):
@@ -80,9 +88,26 @@ class FeatureCRF:
         shown = {"w": self.params["w"]}
         shown |= {name[4:]: np.exp(self.params[name]) for name in self._widths()}
         shown = {name: value.round(4).tolist() for name, value in shown.items()}
-        shown |= {name: getattr(self, name) for name in FeatureCRF.__slots__[1:6]}
+        shown |= {name: getattr(self, name) for name in FeatureCRF.OPTIONS[1:]}
         text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.n_labels}, {text})"
+
+    def __getstate__(self):
+        return {**self.__dict__, "state": None}
+
+    def save(self, path):
+        """Write parameters and options into an .npz file.  Raises OSError, naming it."""
+        save_crf(path, self, self.OPTIONS)
+
+    @classmethod
+    def load(cls, path):
+        """The CRF that `save` wrote.  Raises ValueError or OSError with one line."""
+        return load_crf(path, cls._build)
+
+    @classmethod
+    def _build(cls, options, params):
+        sigmas = {name[len("log_sigma_"):]: np.exp(p) for name, p in params.items() if name != "w"}
+        return cls(w=params["w"], sigmas=sigmas, **options)
 
     def forward(self, scores, features, train=True):
         """Marginals q (*S, L) of scores f (*S, L): Eq. 5, T times, for all pixels at once.
@@ -99,18 +124,17 @@ class FeatureCRF:
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         kernels, W = self._kernels(features, scores), self._compatibility(f)
 
-        def add_up(f, q, *messages):             # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
-            z = f + c * q if c else f.copy()
-            for K_q, W_m in zip(messages, W):
-                z += compatible(K_q, W_m)
-            return z
+        def logits_of(f, q, *messages):          # of a block of rows
+            return add_messages(f + c * q if c else f.copy(), messages, W)
 
-        z, q, steps = f, rowwise(lambda f: marginals(f, 0), xp.empty_like(f), f), []
+        z, steps = f, []
+        q = rowwise(lambda f: marginals(f, 0), xp.empty_like(f), f)          # q^0 = softmax(f)
         for t in range(1, self.iterations + 1):
             if train:
                 steps.append(q)
-            messages = for_each(lambda kernel: kernel.filter(q), kernels, q)
-            z = rowwise(add_up, xp.empty_like(f), f, q, *messages)
+            # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            messages = filtered(kernels, q)
+            z = rowwise(logits_of, xp.empty_like(f), f, q, *messages)
             kept = train and t == self.iterations                            # z^T, for the loss
             q = rowwise(lambda z: marginals(z, c), xp.empty_like(z) if kept else z, z)
 
@@ -152,25 +176,22 @@ class FeatureCRF:
         kernels, W, c, steps, _ = state
         xp, A, K_A = array_module(dz), [], []                    # dz^t, and K_m^T dz^t, t = T .. 1
 
-        def add_up(dz, *messages):               # dq^(t-1) = sum_m K_m^T dz^t W_m + c dz^t
-            dq = c * dz
-            for K_dz, W_m in zip(messages, W):
-                dq += compatible(K_dz, W_m)
-            return dq
+        def dq_of(dz, *messages):                # of a block of rows
+            return add_messages(c * dz, messages, W)
 
         for t in range(len(steps), 0, -1):
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
-            messages = for_each(lambda kernel: kernel.filter_transpose(dz), kernels, dz)
+            messages = filtered_back(kernels, dz)
+            dq = rowwise(dq_of, xp.empty_like(dz), dz, *messages)
             A.append(dz)
             K_A.append(messages)
-            dq = rowwise(add_up, xp.empty_like(dz), dz, *messages)
             # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
             through = functools.partial(through_marginals, c=c if t > 1 else 0)
             dz = rowwise(through, dq, dq, steps[t - 1])
-        # forward: z^t = f + ..., and z^0 = f
-        df = rowwise(lambda *dz: sum(dz), xp.empty_like(dz), dz, *A)
 
-        # forward: z^t = ... + K_m q^(t-1) W_m ..., for all t at once
+        # forward: f enters each z^t, and z^0 = f
+        df = rowwise(lambda *all_dz: sum(all_dz), xp.empty_like(dz), dz, *A)
+        # forward: and so do K_m and W_m
         for m, name in enumerate(self._widths() if A else ()):
             K_m_A = [messages[m] for messages in K_A]
             dW, dlog_sigma = kernels[m].backward(A, K_m_A, steps[::-1], W[m])
@@ -257,6 +278,23 @@ class FeatureCRF:
         if state is None:
             raise ValueError("backward: found no forward pass with train=True before it")
         return state
+
+
+def filtered(kernels, q):
+    """K_m q for each kernel, in threads: M of (N, L), their rows computed when read."""
+    return for_each(lambda kernel: kernel.filter(q), kernels, q)
+
+
+def filtered_back(kernels, dz):
+    """K_m^T dz, likewise."""
+    return for_each(lambda kernel: kernel.filter_transpose(dz), kernels, dz)
+
+
+def add_messages(z, messages, W):
+    """z + sum_m (K_m q) W_m, in place, for a block of rows: z and each of M messages (rows, L)."""
+    for K_q, W_m in zip(messages, W):
+        z += compatible(K_q, W_m)
+    return z
 
 
 def _checked_gradient(name, gradient, state):

@@ -148,7 +148,7 @@ def _elevate(features):
 
 
 def _ranks(remainders):
-    """How many other remainders are larger, or equal and before it: (d+1, N) int8, each 0..d once."""
+    """How many remainders are larger, or equal and before it: (d+1, N) int8, each of 0..d once."""
     xp = array_module(remainders)
     d = len(remainders) - 1
     ranks = xp.zeros(remainders.shape, np.int8) + xp.arange(d + 1, dtype=np.int8)[:, None]
@@ -180,9 +180,9 @@ def _stays(remainders):
 def _corners(n, ranks):
     """The lattice points at the simplices' corners: numbers (N, d+1), words (P,), steps (d+1,).
 
-    A point is n modulo (1, .., 1), so n_j - n_0, j = 1..d, tell it.  Its word is one integer, linear
-    in them: a step along axis j, n_j + 1, adds steps[j] wherever it starts.  Points are numbered in
-    the order of their words.
+    A point is n modulo (1, .., 1), so n_j - n_0, j = 1..d, tell it.  Its word is one integer,
+    linear in them: a step along axis j, n_j + 1, adds steps[j] wherever it starts.  Points are
+    numbered in the order of their words.
     """
     xp = array_module(n)
     d = len(n) - 1
@@ -214,9 +214,9 @@ def _corners(n, ranks):
 def _units(spans):
     """int64 factors that make words of digits: sum_j unit_j digit_j differs where digits differ.
 
-    Places in a number system with a base for each digit; where 64 bits are too few for that, as with
-    many dimensions, a hash, modulo 2^64, by random factors: among a million points, two agree once
-    in 10^7 cases.
+    Places in a number system with a base for each digit; where 64 bits are too few for that, as
+    with many dimensions, a hash, modulo 2^64, by random factors: among a million points, two agree
+    once in 10^7 cases.
     """
     if math.prod(spans) < LARGEST_WORD:
         return np.cumprod([1] + spans[:-1], dtype=np.int64)

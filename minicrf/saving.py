@@ -1,5 +1,6 @@
 """Files: written beside and renamed, read without running anything in them."""
 import contextlib
+import json
 import os
 import secrets
 
@@ -35,6 +36,30 @@ def read_npz(path):
             return {key: np.asarray(archive[key]) for key in archive.files}
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
+
+
+def save_crf(path, crf, options):
+    """Write crf.params and the options so named into an .npz file.  Raises OSError, naming it."""
+    options = {name: getattr(crf, name) for name in options}
+    text = json.dumps(options, default=lambda number: number.item())         # of NumPy
+    with replacing(path, "wb") as file:
+        np.savez(file, options=np.array(text), **crf.params)
+
+
+def load_crf(path, build):
+    """The CRF in a file of `save_crf`, as build(options, params) makes it, with just these params.
+
+    Raises ValueError or OSError with one line.
+    """
+    params = read_npz(path)
+    try:
+        crf = build(json.loads(str(params.pop("options"))), params)
+        for name, p in crf.params.items():
+            p[...] = params[name]                # not what exp and log have rounded
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no CRF of this class in it ({reason(error)}); load reads what "
+                         "the same class' save wrote") from None
+    return crf
 
 
 def reason(error):
