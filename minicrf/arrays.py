@@ -77,8 +77,8 @@ class Rows:
     What is needed but once then never leaves a processor's cache, if `rowwise` reads it.
     """
 
-    def __init__(self, compute):
-        self.compute = compute               # a slice -> those rows
+    def __init__(self, shape, compute):
+        self.shape, self.compute = shape, compute        # compute: a slice -> those rows
 
     def __getitem__(self, rows):
         return self.compute(rows)

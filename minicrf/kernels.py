@@ -64,33 +64,39 @@ class GaussianKernel:
             K_b -= self.kappa[rows] * b[rows]
             return K_b
 
-        return Rows(of_rows)
+        return Rows(b.shape, of_rows)
 
     # forward: z^t = ... + (K_hat - diag(kappa)) q^(t-1) W,  t = 1..T
     def backward(self, A, K_A, B, W):
         """dW, of W's shape, and dlog sigma (d,), in float64, from A = [dz^1 .. dz^T].
 
-        A, B = [q^0 .. q^(T-1)]: lists of arrays (N, L).  K_A: `filter_transpose` of each in A.
+        A, B = [q^0 .. q^(T-1)]: (N, T L), as lists of their columns' pieces, (N, L) or several of
+        these side by side.  K_A: for each piece the list of its steps' `filter_transpose`.
         W: the compatibility, () or symmetric (L, L).
-        plain.gaussian_kernel's backward for dK_hat = sum_t dz^t (q^(t-1) W)^T, never formed.
+        plain.gaussian_kernel's backward for dK_hat = A (B W)^T, which is never formed: the moment
+        form,
+
+            sum_ij dK_ij K_ij (F_ki - F_kj)^2
+                = sum_i F_ki^2 sum_j (dK_ij K_ij + dK_ji K_ji)  -  2 <F_k A, K F_k B W>
         """
-        pieces = [(side_by_side(A[steps]), side_by_side(B[steps]), K_A[steps])
-                  for steps in groups_of_columns(A)]
-        sums = for_each(lambda piece: self._sums(*piece, W), pieces, A[0])
+        sums = for_each(lambda piece: self._sums(*piece, W), list(zip(A, K_A, B)), A[0])
         dW, both, same = (sum(each) for each in zip(*sums))
         same = self.kappa[:, 0] * same
 
         # dK = dK_hat / sqrt(n n^T), for j != i, ...
-        dlog_sigma = self._moments(self.K_with_self, pieces, W, both + same)
+        F = self.F.astype(np.float64)            # large terms cancel, in narrow kernels
+        dlog_sigma = (both + same) @ F**2 - 2 * self._crosses(A, B, W)
         if self.n is not None:
             # ... + dn 1^T, for all j, with dn = -(sums over rows and columns of dK_hat K_hat) / 2n
-            dn = ((same - both) / (2 * self.n))[:, None]                     # (N, 1)
-            one = array_module(dn).ones_like(dn)
-            i_and_j = dn * self.K.filter(one) + self.K.filter_transpose(dn)
-            dlog_sigma += self._moments(self.K, [(dn, one)], one[0, 0], i_and_j[:, 0])
+            dn = (same - both) / (2 * self.n)                                # (N,)
+            xp, d = array_module(F), F.shape[1]
+            one = xp.ones_like(F[:, :1])
+            K_1, K_F, K_F2 = xp.split(self.K.filter(xp.concatenate([one, F, F**2], axis=1)),
+                                      [1, 1 + d], axis=1)                    # (N, 1), (N, d) twice
+            dlog_sigma += dn @ (F**2 * K_1 - 2 * F * K_F + K_F2)
         return dW, dlog_sigma
 
-    def _sums(self, a, b, K_A, W):
+    def _sums(self, a, K_A, b, W):
         """dW; dK_hat K_hat summed over rows and over columns (N,); a b W over labels (N,).
 
         The sums over rows with i = j, those over columns without.
@@ -99,40 +105,30 @@ class GaussianKernel:
         v = K.blur(K.splat(b))
 
         def part(rows):
-            a_i, b_i, b_W = a[rows], b[rows], compatible(b[rows], W)
-            K_a_i = side_by_side([K_dz[rows] for K_dz in K_A])
-            return (compatible_backward(b_i, K_a_i, W),
-                    row_sums(a_i * compatible(K.slice(v, rows), W)) + row_sums(K_a_i * b_W),
-                    row_sums(a_i * b_W))
+            a_i, b_i, K_b = a[rows], b[rows], K.slice(v, rows)
+            K_a = side_by_side([K_dz[rows] for K_dz in K_A])
+            return (compatible_backward(b_i, K_a, W),
+                    reward(a_i, K_b, W) + reward(K_a, b_i, W), reward(a_i, b_i, W))
 
         dW, outer, same = zip(*for_each(part, blocks(len(a), a), a))
         return sum(dW), xp.concatenate(outer), xp.concatenate(same)
 
-    def _moments(self, K, pieces, W, i_and_j):
-        """The moment form: sum_ij dK_ij K_ij (F_ki - F_kj)^2 -> (d,), float64, for dK = a (b W)^T.
-
-            sum_i F_ki^2 (sum_j dK_ij K_ij + dK_ji K_ji)  -  2 <F_k a, K F_k b W>
-        pieces: (a, b), summed over.  i_and_j: (N,), the sums in brackets.
-        """
-        xp = array_module(self.F)
-        scaled = for_each(K.scaled, list(self.F.T), self.F)      # their splat is that of F_k v
+    def _crosses(self, A, B, W):
+        """<F_k A, K_hat F_k B W>, with i = j, for each k: (d,)."""
+        scaled = for_each(self.K_with_self.scaled, list(self.F.T), self.F)   # splat: of F_k v
 
         def cross(task):
-            K_k, (a, b, *_) = task
-            return (compatible(K_k.splat(a), W) * K_k.blur(K_k.splat(b))).sum(dtype=np.float64)
+            K, (a, b) = task
+            return (compatible(K.splat(a), W) * K.blur(K.splat(b))).sum(dtype=np.float64)
 
-        crosses = for_each(cross, list(itertools.product(scaled, pieces)), pieces[0][0])
-        crosses = xp.stack(crosses).reshape(len(scaled), -1).sum(axis=1)     # (d,)
-        # float64, as large terms cancel, the more so the narrower the kernel
-        squares = self.F.astype(np.float64)**2                               # (N, d)
-        return i_and_j @ squares - 2 * crosses
+        crosses = for_each(cross, list(itertools.product(scaled, zip(A, B))), A[0])
+        return array_module(A[0]).stack(crosses).reshape(len(scaled), -1).sum(axis=1)
 
 
-def groups_of_columns(A):
-    """Slices of T arrays (N, L) that filters take side by side: all on a GPU."""
-    L = A[0].shape[1]
-    each = max(1, PIECE_COLUMNS // L) if array_module(A[0]) is np else len(A)
-    return [slice(t, t + each) for t in range(0, len(A), each)]
+def grouped(steps):
+    """T arrays (N, L) in lists of a few, whose columns together stay in a processor's cache."""
+    each = max(1, PIECE_COLUMNS // steps[0].shape[1])
+    return [steps[t:t + each] for t in range(0, len(steps), each)]
 
 
 def side_by_side(steps):
@@ -155,6 +151,13 @@ def compatible_backward(x, dz, W):
         return row_sums(x * dz).sum(dtype=np.float64)
     dW = product(x.reshape(-1, len(W)).T, dz.reshape(-1, len(W))).astype(np.float64)
     return (dW + dW.T) / 2
+
+
+def reward(x, y, W):
+    """x W y^T for each row: (n,)."""
+    if W.ndim == 0:
+        return W * row_sums(x * y)
+    return row_sums(x * compatible(y, W))
 
 
 class ExactFilter:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .arrays import array_module, for_each, rowwise, to_host
 from .inputs import check_array, check_scores
-from .kernels import GaussianKernel, compatible
+from .kernels import GaussianKernel, compatible, grouped, side_by_side
 from .losses import softmax
 from .marginals import marginals, through_log_marginals, through_marginals
 from .saving import load_crf, save_crf
@@ -191,12 +191,12 @@ class FeatureCRF:
 
         # forward: f enters each z^t, and z^0 = f
         df = rowwise(lambda *all_dz: sum(all_dz), xp.empty_like(dz), dz, *A)
-        # forward: and so do K_m and W_m
-        for m, name in enumerate(self._widths() if A else ()):
-            K_m_A = [messages[m] for messages in K_A]
-            dW, dlog_sigma = kernels[m].backward(A, K_m_A, steps[::-1], W[m])
-            self.grads["w"][m] += to_host(dW)
-            self.grads[name] += to_host(dlog_sigma)
+        if steps:                # forward: and so do K_m and W_m, of all steps at once
+            A, B = ([side_by_side(group) for group in grouped(x)] for x in (A, steps[::-1]))
+            for m, (name, K_m_A) in enumerate(zip(self._widths(), zip(*K_A))):
+                dW, dlog_sigma = kernels[m].backward(A, grouped(K_m_A), B, W[m])
+                self.grads["w"][m] += to_host(dW)
+                self.grads[name] += to_host(dlog_sigma)
         return df.reshape(state.logits.shape)                                # (*S, L)
 
     def project(self):
