@@ -20,18 +20,18 @@ class GaussianKernel:
     """The kernel as mean field uses it: K_hat - diag(kappa), normalised, without i = j.
 
     features: (N, d) floats, in their own units; sigma: d widths in the same units.
-    dtype: of the values that it filters; the features' own by default.
     normalization: "symmetric", D^-1/2 K D^-1/2 with D = diag(K 1), or "none".
     exclude_self: subtract the filter's own diagonal, kappa_i (over n_i where normalised).
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
+    dtype: of the values that it filters; the features' own by default.
 
     Attributes: `K`, the bare filter, and `n` = K 1 (N,), None without normalisation; `K_with_self`,
     normalised, still with i = j, and its `diagonal` (N,); `kappa` (N, 1), what is subtracted: the
     diagonal or, without exclude_self, zeros.
     """
 
-    def __init__(self, features, sigma, dtype=None, normalization="symmetric", exclude_self=True,
-                 exact=False):
+    def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False,
+                 dtype=None):
         xp = array_module(features)
         dtype = dtype or features.dtype
         F = features / xp.asarray(sigma, dtype=features.dtype)               # (N, d)

@@ -269,8 +269,8 @@ class FeatureCRF:
             F = array_module(scores).asarray(F).reshape(-1, d)               # (N, d)
             if F.dtype != scores.dtype:          # large offsets want all of their digits
                 F = F.astype(np.float64)
-            kernels.append(GaussianKernel(F, sigma, scores.dtype, self.normalization,
-                                          self.exclude_self, self.exact))
+            kernels.append(GaussianKernel(F, sigma, self.normalization, self.exclude_self,
+                                          self.exact, scores.dtype))
         return kernels
 
     def _kept(self, state):
