@@ -27,6 +27,7 @@ class DenseCRF(FeatureCRF):
     params, grads: "w" (M,) or (M, L, L), "log_sigma_position" (D,), "log_sigma_bilateral" (D+C,).
     """
     OPTIONS = *FeatureCRF.OPTIONS, "dimensions"
+    __slots__ = ("dimensions",)
 
     def __init__(self, n_labels, *, w=(3., 10.), sigma_position=3., sigma_bilateral=(80., 13.),
                  iterations=5, normalization="symmetric", exclude_self=True, damping=0.,

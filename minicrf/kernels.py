@@ -34,11 +34,12 @@ class GaussianKernel:
                  dtype=None):
         xp = array_module(features)
         dtype = dtype or features.dtype
-        F = features / xp.asarray(sigma, dtype=features.dtype)               # (N, d)
-        self.K = ExactFilter(F, dtype) if exact else PermutohedralLattice(F, dtype)
+        sigma = xp.asarray(sigma, dtype=features.dtype)
         # centred, since the moment form subtracts large squares from each other; but not for the
         # lattice: its cells lie where those of other libraries do
-        self.F = (F - F.mean(axis=0)).astype(dtype)
+        self.F = ((features - features.mean(axis=0)) / sigma).astype(dtype)  # (N, d)
+        F = features / sigma
+        self.K = ExactFilter(F, dtype) if exact else PermutohedralLattice(F, dtype)
         self.n, self.K_with_self, self.diagonal = None, self.K, self.K.diagonal
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones((len(F), 1), dtype))[:, 0]        # (N,)

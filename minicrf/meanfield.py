@@ -51,6 +51,7 @@ class FeatureCRF:
     Raises ValueError where an option has the wrong length, sign or name.
     """
     OPTIONS = "n_labels", "iterations", "normalization", "exclude_self", "damping", "exact"
+    __slots__ = *OPTIONS, "params", "grads", "state"         # a misspelt option raises
 
     def __init__(self, n_labels, *, w, sigmas, iterations=5, normalization="symmetric",
                  exclude_self=True, damping=0., exact=False):
@@ -67,14 +68,14 @@ class FeatureCRF:
         self.n_labels, self.iterations, self.normalization = n_labels, iterations, normalization
         self.exclude_self, self.damping, self.exact = exclude_self, damping, exact
         self.state = None
-        given = w
         try:
             w = np.array(w, dtype=np.float64)
-        except (TypeError, ValueError):          # numbers and matrices together
-            w = np.array(np.nan)
+        except (TypeError, ValueError):
+            raise ValueError("w: found numbers and matrices, or matrices of several sizes; expected "
+                             "one or the other for all kernels") from None
         if (w.shape not in ((M,), (M, L, L)) or not np.isfinite(w).all()
                 or w.ndim == 3 and not np.allclose(w, w.swapaxes(1, 2))):
-            raise ValueError(f"w: found {given!r}, expected a finite number for each kernel, "
+            raise ValueError(f"w: found {w.tolist()}, expected a finite number for each kernel, "
                              f"({M},), or symmetric matrices, ({M}, {L}, {L})")
         self.params = {"w": w}
         for name, sigma in (sigmas.items() if isinstance(sigmas, dict) else enumerate(sigmas)):
@@ -93,7 +94,8 @@ class FeatureCRF:
         return f"{type(self).__name__}({self.n_labels}, {text})"
 
     def __getstate__(self):
-        return {**self.__dict__, "state": None}
+        return None, {name: getattr(self, name) for name in (*self.OPTIONS, "params", "grads")
+                      } | {"state": None}
 
     def save(self, path):
         """Write parameters and options into an .npz file.  Raises OSError, naming it."""
@@ -223,7 +225,7 @@ class FeatureCRF:
         c, of_W = 0, w[:, None] if w.ndim == 1 else np.linalg.eigvalsh(w)    # eigenvalues (M, L)
         for kernel, low, high in zip(self._kernels(features, scores), of_W.min(1), of_W.max(1)):
             c = c + xp.maximum(kernel.kappa * max(0., float(high)),
-                               kernel.filter(one) * max(0., float(-low)))
+                               kernel.filter(one)[:] * max(0., float(-low)))
         return float(c.max())
 
     def free_energy(self, q, scores, features):

@@ -30,7 +30,7 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features, dtype=None):
-        n, ranks, weights = _simplices(features, dtype or features.dtype)    # each (d+1, N)
+        n, ranks, weights = _simplices(features, dtype)           # each (d+1, N)
         corners, points, steps = _corners(n, ranks)                   # (N, d+1), (P,), (d+1,)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
@@ -93,7 +93,7 @@ class PermutohedralLattice:
         return other
 
 
-def _simplices(features, dtype):
+def _simplices(features, dtype=None):
     """plain.simplex for all features: (n, ranks, weights), each (d+1, N).
 
     floor(a + lambda) visits the corners of a feature's simplex while lambda runs from 0 to 1.  It
@@ -116,7 +116,7 @@ def _simplices(features, dtype):
     precise = features.dtype if reach < 2**12 else np.dtype(np.float64)
     n = xp.empty((d + 1, N), np.int32)
     ranks = xp.empty((d + 1, N), np.int8)
-    weights = xp.empty((d + 1, N), dtype)
+    weights = xp.empty((d + 1, N), dtype or features.dtype)
 
     def locate(rows):
         a = _elevate(features[rows].T.astype(precise))                       # (d+1, rows)

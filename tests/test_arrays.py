@@ -55,7 +55,7 @@ def test_unknown_device_is_named(device):
 
 
 def test_no_gpu_is_one_line(monkeypatch):
-    monkeypatch.setattr(arrays, "gpu_available", lambda: False)
+    monkeypatch.setattr(arrays, "cupy", None)
     with pytest.raises(ValueError) as error:
         to_device(np.ones(2), "gpu")
     assert "gpu" in str(error.value) and "\n" not in str(error.value)

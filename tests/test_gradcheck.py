@@ -109,9 +109,6 @@ def test_relative_error_refuses_shapes_that_would_broadcast():
 
 # --- the program ----------------------------------------------------------------------------------
 
-NAMES = [name for bugs in exercises.BUGS.values() for name in bugs]
-
-
 def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
     assert gradcheck.main([]) == 0
     table = capsys.readouterr().out
@@ -121,10 +118,6 @@ def test_everything_passes_and_every_parameter_is_in_the_table(capsys):
                  "exact: dlog_sigma_position", "exact: dlog_sigma_bilateral",
                  "joint training"):
         assert re.search(rf"{name}.*\d+ .*e-\d\d +pass", table), name
-
-
-def test_bug_names_are_unique():
-    assert len(set(NAMES)) == len(NAMES) >= 20
 
 
 def test_break_shows_which_row_fails(capsys, monkeypatch):
@@ -144,4 +137,4 @@ def test_help_lists_the_bugs_and_runs_without_a_warning():
     command = [sys.executable, "-W", "error", "-m", "minicrf.gradcheck", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert all(name in done.stdout for name in NAMES)
+    assert all(name in done.stdout for name in exercises.BUGS)

@@ -3,9 +3,8 @@ import numpy as np
 import pytest
 
 from minicrf import kernels
-from minicrf.arrays import blocks
 from minicrf.gradcheck import numerical_gradient, relative_error
-from minicrf.kernels import ExactFilter, GaussianKernel, KernelGradient
+from minicrf.kernels import ExactFilter, GaussianKernel
 
 N, L, D = 12, 3, 3
 SIGMA = np.array([1.5, 2.0, 0.8])
@@ -17,12 +16,12 @@ def random(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-FEATURES, A, B = random(D, N, seed=0), random(N, L, seed=1), random(N, L, seed=2)
+FEATURES, A, B = random(N, D, seed=0), random(N, L, seed=1), random(N, L, seed=2)
 
 
 def dense(features, sigma, normalization, exclude_self):
-    """A kernel of Eq. 9 as an (N, N) matrix, straight from the formulas; features (d, N)."""
-    F = features.T / sigma
+    """A kernel of Eq. 9 as an (N, N) matrix, straight from the formulas; features (N, d)."""
+    F = features / sigma
     K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
     n = K.sum(axis=1)
     if exclude_self:
@@ -44,33 +43,25 @@ def test_exact_kernel_is_the_dense_matrix(monkeypatch, normalization, exclude_se
 @pytest.mark.parametrize("exact", [True, False])
 def test_transpose_passes_the_dot_test(normalization, exclude_self, exact):
     kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact)
-    forth, back = (A * kernel.filter(B)).sum(), (kernel.filter_transpose(A) * B).sum()
+    forth, back = (A * kernel.filter(B)[:]).sum(), (kernel.filter_transpose(A)[:] * B).sum()
     assert abs(forth - back) < 1e-10 * abs(forth), (forth, back)
-
-
-def back_track(kernel, W, *steps):
-    """One K^T dz W for each (q, dz), dW and dlog sigma, as back-tracking assembles them."""
-    gradient, dq = KernelGradient(kernel, W), []
-    for q, dz in steps:
-        for part in reversed(gradient.parts):
-            gradient.spread(part, np.concatenate([q, dz], axis=1))
-        dq.append(np.concatenate([gradient.gather(q[rows], dz[rows], rows)
-                                  for rows in blocks(len(q), q)]))
-    return dq, *gradient.result()
-
-
-def test_moments_one_by_one_give_what_they_give_side_by_side(monkeypatch):
-    kernel = GaussianKernel(FEATURES, SIGMA)
-    together = back_track(kernel, 2., (B, A), (A, B))
-    monkeypatch.setattr(kernels, "BLOCK", 0)
-    assert len(KernelGradient(kernel, 2.).parts) == 1 + len(FEATURES)
-    for a, b in zip(together, back_track(kernel, 2., (B, A), (A, B))):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 def shape_gradient(kernel, a, b):
     """d<a, K^ b>/dlog sigma (d,)."""
-    return back_track(kernel, 1., (b, a))[2]
+    return kernel.backward([a], [[kernel.filter_transpose(a)]], [b], np.array(1.))[1]
+
+
+def test_steps_one_by_one_give_what_they_give_side_by_side():
+    A_t, B_t = ([random(N, L, seed=seed + t) for t in range(3)] for seed in (1, 4))
+    matrix = random(L, L, seed=7)
+    for W in (np.array(2.), matrix + matrix.T):
+        kernel = GaussianKernel(FEATURES, SIGMA)
+        K_A = [kernel.filter_transpose(a) for a in A_t]
+        apart = kernel.backward(A_t, [[each] for each in K_A], B_t, W)
+        together = kernel.backward([np.hstack(A_t)], [K_A], [np.hstack(B_t)], W)
+        for a, b in zip(together, apart):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
@@ -87,17 +78,17 @@ def test_shape_gradient_of_the_exact_kernel(normalization, exclude_self):
 
 
 def test_shape_gradient_in_float32_bears_features_far_from_zero():
-    shifted = (FEATURES + np.array([1000, -2000, 500])[:, None]).astype(np.float32)
+    shifted = (FEATURES + np.array([1000, -2000, 500])).astype(np.float32)
     expected, got = (shape_gradient(GaussianKernel(f, SIGMA, exact=True), A, B)
                      for f in (FEATURES, shifted))
     np.testing.assert_allclose(got, expected, rtol=1e-2)
 
 
-@pytest.mark.parametrize("width, tolerance", [(3, 1e-3), (0.4, 1e-2)])
+@pytest.mark.parametrize("width, tolerance", [(3, 1e-3), (0.4, 3e-2)])
 def test_shape_gradient_in_float32_survives_cancellation(width, tolerance):
     """On a long strip squares of up to 10^5 cancel to next to nothing."""
-    position = np.mgrid[:40, :300].reshape(2, -1)[::-1].astype(np.float64)   # (2, N): x, y
-    a, b = (abs(random(position.shape[1], L, seed=seed)) for seed in (1, 2))
+    position = np.mgrid[:40, :300].reshape(2, -1)[::-1].T.astype(np.float64)     # (N, 2): x, y
+    a, b = (abs(random(len(position), L, seed=seed)) for seed in (1, 2))
     expected, got = (shape_gradient(GaussianKernel(position.astype(dtype), [width, 3.]),
                                     a.astype(dtype), b.astype(dtype))
                      for dtype in (np.float64, np.float32))
@@ -105,7 +96,7 @@ def test_shape_gradient_in_float32_survives_cancellation(width, tolerance):
 
 
 def drawn(h, w):
-    """Features (5, N) of a smooth drawn image, position and colour, and marginals (N, 4)."""
+    """Features (N, 5) of a smooth drawn image, position and colour, and marginals (N, 4)."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:h, :w]
     waves = np.stack([np.sin(x * fx + phase) * np.cos(y * fy)
@@ -113,7 +104,7 @@ def drawn(h, w):
     colour = 128 + 60 * waves[:3] + rng.normal(0, 3, (3, h, w))
     colour[:, :, w // 2:] += 40                                          # an edge
     q = np.exp(3 * waves[3:]).reshape(4, -1).T                           # (N, 4)
-    return np.concatenate([[x, y], colour]).reshape(5, -1), q / q.sum(axis=1, keepdims=True)
+    return np.concatenate([[x, y], colour]).reshape(5, -1).T, q / q.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("d, sigma, tolerance", [
@@ -121,37 +112,33 @@ def drawn(h, w):
     (5, (40, 40, 30, 30, 30), 0.06), (5, (80, 80, 13, 13, 13), 0.06)])
 def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
     features, q = drawn(48, 64)
-    exact, lattice = (GaussianKernel(features[:d], sigma, exact=exact).filter(q)
+    exact, lattice = (GaussianKernel(features[:, :d], sigma, exact=exact).filter(q)[:]
                       for exact in (True, False))
     error = np.sqrt(((lattice - exact) ** 2).mean() / (exact**2).mean())
     assert error < tolerance, error
 
 
-def test_exact_filter_scaled_and_side_by_side_are_what_they_say():
-    exact, s = ExactFilter(FEATURES.T), random(N, seed=3)
+def test_exact_filter_scaled_is_what_it_says():
+    exact, s = ExactFilter(FEATURES), random(N, seed=3)
     np.testing.assert_allclose(exact.scaled(s).filter(B), s[:, None] * exact.filter(s[:, None] * B))
     np.testing.assert_allclose(exact.scaled(s).diagonal, s * s)
-    weights = random(2, N, seed=4)
-    splatted = exact.scaled(s).side_by_side(weights).splat(B).reshape(N, 2, L)           # (N, K, L)
-    np.testing.assert_allclose(splatted, s[:, None, None] * weights.T[:, :, None] * B[:, None])
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_both_halves_of_a_filter_make_the_whole(exact):
-    kernel = GaussianKernel(FEATURES, SIGMA, exact=exact)
-    v, rows = kernel.spread(B), slice(0, N)
-    np.testing.assert_allclose(kernel.gather(v, B, 1., rows), kernel.filter(B), atol=1e-15)
+def test_rows_of_a_filter_are_computed_when_they_are_read(exact):
+    message = GaussianKernel(FEATURES, SIGMA, exact=exact).filter(B)
+    np.testing.assert_allclose(message[slice(3, 8)], message[:][3:8], atol=1e-15)
 
 
 def test_exact_filter_slices_rows():
-    exact = ExactFilter(FEATURES.T)
+    exact = ExactFilter(FEATURES)
     v = exact.blur(exact.splat(B))
     np.testing.assert_allclose(exact.slice(v, slice(3, 8)), exact.filter(B)[3:8])
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_pixel_far_from_all_others_hears_nothing(exact):
-    far = np.arange(4.0)[None] * 1000
+    far = np.arange(4.0)[:, None] * 1000
     kernel = GaussianKernel(far, [1.0], exact=exact)
     np.testing.assert_allclose(kernel.filter(B[:4]), 0, atol=1e-12)
 
@@ -159,9 +146,9 @@ def test_a_pixel_far_from_all_others_hears_nothing(exact):
 def test_dtype_follows_the_features():
     for exact in (True, False):
         kernel = GaussianKernel(FEATURES.astype(np.float32), SIGMA, exact=exact)
-        assert kernel.filter(B.astype(np.float32)).dtype == np.float32
+        assert kernel.filter(B.astype(np.float32))[:].dtype == np.float32
 
 
 def test_values_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"values: found shape \(5, 3\), expected \(12, any\)"):
-        ExactFilter(FEATURES.T).filter(B[:5])
+        ExactFilter(FEATURES).filter(B[:5])

@@ -8,7 +8,6 @@ from test_kernels import dense
 
 from minicrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
-from minicrf.kernels import compatible
 from minicrf.losses import softmax, softmax_loss
 from minicrf.meanfield import FeatureCRF
 
@@ -81,12 +80,11 @@ def test_mean_field_is_equation_5_in_dense_matrices(w, damping, normalization, e
     options = dict(normalization=normalization, exclude_self=exclude_self)
     crf = feature_crf(w, damping=damping, exact=True, **options)
     q, f = crf.forward(scores, features), scores.reshape(-1, L)
-    K = [dense(F.reshape(len(f), -1).T, np.exp(crf.params[f"log_sigma_{m}"]), *options.values())
+    K = [dense(F.reshape(len(f), -1), np.exp(crf.params[f"log_sigma_{m}"]), *options.values())
          for m, F in enumerate(features)]
     expected = mean_field(f, K, as_matrices(w), crf.iterations, damping)
-    for found, step in zip([*crf.state.steps, crf.state.q], expected, strict=True):
+    for found, step in zip([*crf.state.steps, q.reshape(f.shape)], expected, strict=True):
         np.testing.assert_allclose(found, step, atol=1e-11)
-    np.testing.assert_array_equal(q.reshape(f.shape), crf.state.q)
     np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
     crf.exclude_self = True                                              # j != i, always
     K = [kernel - np.diag(np.diag(kernel)) for kernel in K]
@@ -167,14 +165,13 @@ def test_no_damping_is_the_plain_update_and_little_damping_close_to_it():
     scores, _, features, labels = example()
     crf = feature_crf(POTTS, damping=0.)
     plain = back_and_forth(crf, scores, features, labels)
-    f, everything = scores.reshape(-1, L), slice(0, 20)
+    f = scores.reshape(-1, L)
     q = softmax(f)
     for _ in range(crf.iterations):
         z = f.copy()
         for kernel, w in zip(crf.state.kernels, POTTS):
-            z += kernel.gather(compatible(kernel.spread(q), w), q, w, everything)
+            z += w * kernel.filter(q)[:]
         q = softmax(z)
-    np.testing.assert_allclose(crf.state.q, q, rtol=1e-12)
     np.testing.assert_allclose(crf.logits.reshape(f.shape), z, rtol=1e-12)
     damped = back_and_forth(feature_crf(POTTS, damping=1e-9), scores, features, labels)
     for a, b in zip((*plain[:2], *plain[2].values()), (*damped[:2], *damped[2].values())):
@@ -286,10 +283,10 @@ def random_model(rng, kind):
 
 def largest_rise(crf, scores, features):
     """Of the free energy, from any step to the next."""
-    crf.forward(scores, features)
-    K = [kernel.filter(np.eye(len(scores))) for kernel in crf.state.kernels]
+    q = crf.forward(scores, features)
+    K = [kernel.filter(np.eye(len(scores)))[:] for kernel in crf.state.kernels]
     energies = [free_energy(q, scores, K, as_matrices(crf.params["w"], crf.n_labels))
-                for q in (*crf.state.steps, crf.state.q)]
+                for q in (*crf.state.steps, q)]
     return np.diff(energies).max()
 
 
@@ -311,7 +308,7 @@ def test_the_free_energy_of_random_models_never_rises_with_descent_damping(kind,
 def test_descent_damping_is_the_sum_of_what_the_diagonals_left_out(w, largest):
     scores, _, features, _ = example()
     crf = feature_crf(w, exact=True)
-    n = [dense(F.reshape(20, -1).T, np.exp(crf.params[f"log_sigma_{m}"]), "none", False).sum(axis=1)
+    n = [dense(F.reshape(20, -1), np.exp(crf.params[f"log_sigma_{m}"]), "none", False).sum(axis=1)
          for m, F in enumerate(features)]
     np.testing.assert_allclose(crf.descent_damping(scores, features),
                                max(sum(x / n_m for x, n_m in zip(largest, n))))

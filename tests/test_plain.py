@@ -156,9 +156,11 @@ def test_gaussian_kernel():
     k = np.array([[np.exp(-sum(((x - y) / np.exp(log_sigma)) ** 2) / 2) for y in p] for x in p])
     n = k.sum(axis=1)
     np.testing.assert_allclose(K, (k - np.eye(9)) / np.sqrt(np.outer(n, n)), atol=1e-15)
-    fast = GaussianKernel(p.T, np.exp(log_sigma), exact=True)
-    np.testing.assert_allclose(fast.K_hat.filter(b) - fast.self_weight * b, K @ b,
-                               atol=1e-12)
+    fast, a = GaussianKernel(p, np.exp(log_sigma), exact=True), random(9, 4, seed=2)
+    np.testing.assert_allclose(fast.filter(b), K @ b, atol=1e-12)
+    dW, dlog_sigma = fast.backward([a], [[fast.filter_transpose(a)]], [b], np.array(2.))
+    np.testing.assert_allclose(dlog_sigma, backward(a @ (2 * b).T), atol=1e-12)
+    np.testing.assert_allclose(dW, (a * (K @ b)).sum(), atol=1e-12)
     np.testing.assert_allclose(ExactFilter(p / np.exp(log_sigma)).filter(b), k @ b)
 
 

@@ -12,8 +12,8 @@ def random_filters(cases, exact):
     for seed in range(cases):
         rng = np.random.default_rng(seed)
         d, n = int(rng.integers(1, 6)), int(rng.integers(1, 80))
-        features = rng.standard_normal((d, n)) * 10 ** rng.uniform(-2, 2)
-        features = features[:, rng.integers(0, n, n)]                    # some points twice
+        features = rng.standard_normal((n, d)) * 10 ** rng.uniform(-2, 2)
+        features = features[rng.integers(0, n, n)]                    # some points twice
         kernel = GaussianKernel(features, np.exp(rng.standard_normal(d)),
                                 normalization=["symmetric", "none"][seed % 2], exact=exact)
         yield rng, kernel, rng.standard_normal((n, 3)), rng.standard_normal((n, 3))
@@ -23,7 +23,7 @@ def random_filters(cases, exact):
 def test_filters_are_linear(exact):
     for rng, kernel, x, y in random_filters(30, exact):
         a, b = rng.standard_normal(2)
-        for f in (kernel.K_hat.filter, kernel.K_hat.filter_transpose):
+        for f in (kernel.K_with_self.filter, kernel.K_with_self.filter_transpose):
             np.testing.assert_allclose(f(a * x + b * y), a * f(x) + b * f(y), atol=1e-10 * len(x))
 
 
@@ -33,7 +33,7 @@ def test_normalised_filters_keep_the_square_roots_of_their_sums(exact):
     for _, kernel, _, _ in random_filters(30, exact):
         if kernel.n is not None:
             root = np.sqrt(kernel.n)[:, None]
-            np.testing.assert_allclose(kernel.K_hat.filter(root), root, rtol=1e-10)
+            np.testing.assert_allclose(kernel.K_with_self.filter(root), root, rtol=1e-10)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
@@ -48,13 +48,13 @@ def test_the_order_of_points_and_of_columns_does_not_matter():
     for seed in range(30):
         rng = np.random.default_rng(seed)
         n, d = int(rng.integers(2, 80)), int(rng.integers(1, 6))
-        features, x = rng.standard_normal((d, n)) * 3, rng.standard_normal((n, 4))
+        features, x = rng.standard_normal((n, d)) * 3, rng.standard_normal((n, 4))
         points, columns, sigma = rng.permutation(n), rng.permutation(4), np.ones(d)
-        given, turned = GaussianKernel(features, sigma), GaussianKernel(features[:, points], sigma)
-        expected = given.K_hat.filter(x)[points][:, columns]
-        found = turned.K_hat.filter(x[points][:, columns])
+        given, turned = GaussianKernel(features, sigma), GaussianKernel(features[points], sigma)
+        expected = given.K_with_self.filter(x)[points][:, columns]
+        found = turned.K_with_self.filter(x[points][:, columns])
         np.testing.assert_allclose(found, expected, atol=1e-10)
-        np.testing.assert_allclose(turned.self_weight, given.self_weight[points], atol=1e-10)
+        np.testing.assert_allclose(turned.kappa, given.kappa[points], atol=1e-10)
 
 
 def test_the_order_of_labels_does_not_matter():

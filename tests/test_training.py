@@ -12,6 +12,7 @@ from minicrf import DenseCRF, arrays, training, vgg
 from minicrf.data import loading, toy
 from minicrf.gradcheck import relative_error
 from minicrf.inputs import VOID
+from minicrf.learning import learn
 from minicrf.results import evaluation
 
 N_CLASSES = 4
@@ -298,7 +299,7 @@ def test_learn_lowers_the_loss_and_keeps_w_in_range():
         samples.append((scores, image, labels))
     for w in ((0., 1.), np.array([0., 1.])[:, None, None] * np.eye(6)):
         crf = DenseCRF(6, w=w)
-        losses = training.learn(crf, samples, epochs=6, rate=0.3)
+        losses = learn(crf, samples, epochs=6, rate=0.3)
         assert losses.shape == (6, 4) and losses[-1].mean() < 0.8 * losses[0].mean()
         w = crf.params["w"]
         assert (w if w.ndim == 1 else np.linalg.eigvalsh(w)).min() >= -1e-9

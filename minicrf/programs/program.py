@@ -1,4 +1,4 @@
-"""What the command lines share: options, errors in one line, how they are stopped, one run a folder."""
+"""What command lines share: options, errors in one line, how they stop, one run a folder."""
 import argparse
 import contextlib
 import glob
