@@ -71,8 +71,8 @@ def build_parser():
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", choices=(*training.STAGES, "eval", "predict"), help="unary: train the network "
         "alone; joint: network and CRF, from the unary checkpoint; local: network and local "
-        "factors, likewise; piecewise: the CRF alone; eval: one table of what was trained; predict: label "
-        "photographs (default: unary, then joint)")
+        "factors, likewise; piecewise: the CRF alone; eval: one table of what was trained; "
+        "predict: label photographs (default: unary, then joint)")
     add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights (.npz, .mat, "
         ".safetensors) or a checkpoint to train further (default: none); other stages: the "
         "checkpoint to start from (default: OUT/unary.npz); eval: the one to measure (default: all "

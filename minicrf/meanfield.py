@@ -71,8 +71,8 @@ class FeatureCRF:
         try:
             w = np.array(w, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError("w: found numbers and matrices, or matrices of several sizes; expected "
-                             "one or the other for all kernels") from None
+            raise ValueError("w: found numbers and matrices, or matrices of several sizes; give "
+                             "each kernel a number, or each an (L, L) matrix") from None
         if (w.shape not in ((M,), (M, L, L)) or not np.isfinite(w).all()
                 or w.ndim == 3 and not np.allclose(w, w.swapaxes(1, 2))):
             raise ValueError(f"w: found {w.tolist()}, expected a finite number for each kernel, "

@@ -232,7 +232,7 @@ def test_names_that_do_not_exist_are_noticed():
         assert unknown(wrong), wrong
     for right in ("minicrf/layers.py", "test_readme.py::anchor", "layers.Conv2d.backward",
                   "Conv2d.backward", "FeatureCRF.logits", "softmax_loss", "exclude_self=False",
-                  "iterations=5", "losses.VOID", "z = f + 1"):
+                  "iterations=5", "inputs.VOID", "z = f + 1"):
         assert unknown(right) is None, right
 
 
