@@ -78,7 +78,7 @@ class PermutohedralLattice:
 
     def slice(self, v, rows=slice(None)):
         """Interpolate between the corners again: (P, C) -> (N, C), or a block of these rows."""
-        if rows == slice(None):
+        if rows in (slice(None), slice(0, self.S.shape[0])):
             return self.S @ v
         if rows.start not in self.S_rows:
             self.S_rows[rows.start] = _rows(self.S, rows)

@@ -3,7 +3,6 @@
     python tests/evidence/benchmark.py --crf [IMAGE [LABELS]]
     python tests/evidence/benchmark.py --net --preset largefov --batch-size 2
     python tests/evidence/benchmark.py --joint --preset vgg16 --batch-size 20 --device gpu
-    python tests/evidence/benchmark.py --count
 
 What a row compares runs in turn in one process, A B A B.  It gives the median of each and, in
 brackets, the median over the rounds of ours / theirs.  Memory is that of a process of its own.
@@ -27,7 +26,6 @@ import numpy as np   # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import counting   # noqa: E402
 from minicrf import DenseCRF, arrays, layers, training, vgg   # noqa: E402
 from minicrf.data import pictures, toy, weights   # noqa: E402
 from minicrf.programs import gpu   # noqa: E402
@@ -60,8 +58,6 @@ def parse_arguments():
     add("--crf", action="store_true", help="the CRF")
     add("--net", action="store_true", help="the network and its convolutions")
     add("--joint", action="store_true", help="a joint training step, five mean-field iterations")
-    add("--count", action="store_true", help="what the paper's joint step would ask of a GPU, by a "
-        "count that needs none: vgg16, a batch of 20, five mean-field iterations")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="(pydensecrf has the CPU only)")
     add("--tf32", action="store_true", help="let a GPU round the factors of products to 10 bits")
     add("--repeats", type=int, default=5, metavar="N", help="rounds, after one to warm up")
@@ -457,23 +453,8 @@ def shares(step, args):
     return {part: seconds / total for part, seconds in inside.items()}
 
 
-def show_count(args):
-    print(f"vgg16, a batch of 20, pictures of {args.size[0]}x{args.size[1]}, {args.labels} labels, "
-          "5 iterations; by shape, on no device; tests/strict_cupy.py says what counts as a launch")
-    keys = "launch", "product", "wait", "send"
-    heads = "launches", "sparse products", "waits", "arrays sent", "GB read and written"
-    print(f"{'a joint step':30}" + "".join(f"{head:>{len(head) + 3}}" for head in heads))
-    table, peak = counting.joint_step(size=args.size, n_labels=args.labels)
-    for part, counts in [*table.items(), ("all", sum(table.values(), collections.Counter()))]:
-        cells = [counts[key] for key in keys] + [f"{counts['bytes'] / 1e9:.1f}"]
-        print(f"{part:30}" + "".join(f"{x:>{len(head) + 3}}" for x, head in zip(cells, heads)))
-    print(f"at most {peak / 1e9:.2f} GB in use at a time")
-
-
 def main():
     args = parse_arguments()
-    if args.count:
-        return show_count(args)
     if args.device == "gpu" and not gpu.gpu_available():
         print("benchmark.py: --device: found gpu, but "
               f"{gpu.gpu_failure() or 'cupy is not installed'}; expected cpu", file=sys.stderr)
