@@ -1,12 +1,12 @@
 """A network trained through a fully connected CRF, with every backward method written by hand.
 
-Public names: DenseCRF, FeatureCRF, LocalCRF, learn, PermutohedralLattice, scores_from_labels,
-scores_from_probabilities.
+Public names: DenseCRF, FeatureCRF, LocalCRF, learn, search, cross_fitted, PermutohedralLattice,
+scores_from_labels, scores_from_probabilities, VOID.
 Read the files of this folder in this order, each resting on those before it:
 
     plain           the whole paper on a few screens, nothing fast in it
     arrays          NumPy or CuPy: the one file that imports CuPy
-    gradcheck       finite differences: what every backward below is held against; exercises
+    gradcheck       finite differences: what every backward below is held against
     losses          softmax, and the log-likelihood of the truth            Eqs. 6, 8
     im2col          a convolution as one matrix product
     layers          convolution with holes, ReLU, pooling, upsampling; forward above backward
@@ -18,11 +18,14 @@ Read the files of this folder in this order, each resting on those before it:
     densecrf        the same with the features of an image                  Eq. 9, Sec. 4.1
     localcrf        the system before: local factors, belief propagation    Eq. 3, Fig. 2
     optim           momentum SGD
-    training        one step, and the rates of each stage                   Fig. 3
+    learning        a CRF alone, by likelihood
+    search          a CRF alone, by intersection over union, as [3] did
+    training        network and CRF, one step, and the rates of each stage  Fig. 3
 
-Two rooms hold what one need not read to learn: data/, what goes in (data sets, photographs,
-weights), and results/, what comes out (checkpoints, logs, tables, pictures).  scores makes class
-scores of labels or probabilities; files writes; __main__ is the CRF on the command line.
+inputs checks what callers hand in, scores makes class scores of labels or probabilities, saving
+writes and reads files.  Three rooms hold what one need not read to learn: data/, what goes in (data
+sets, photographs, weights), results/, what comes out (checkpoints, logs, tables, pictures), and
+programs/, what the command lines share; `python -m minicrf` is the CRF on the command line.
 """
 __version__ = "0.1.0"
 
@@ -33,3 +36,4 @@ from .localcrf import LocalCRF
 from .meanfield import FeatureCRF
 from .permutohedral import PermutohedralLattice
 from .scores import scores_from_labels, scores_from_probabilities
+from .search import cross_fitted, search

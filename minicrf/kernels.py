@@ -126,9 +126,12 @@ class GaussianKernel:
         return array_module(A[0]).stack(crosses).reshape(len(scaled), -1).sum(axis=1)
 
 
-def grouped(steps):
-    """T arrays (N, L) in lists of a few, whose columns together stay in a processor's cache."""
-    each = max(1, PIECE_COLUMNS // steps[0].shape[1])
+def grouped(steps, on_cpu):
+    """T arrays (N, L) in lists of a few, whose columns together stay in a processor's cache.
+
+    All together on a GPU.
+    """
+    each = max(1, PIECE_COLUMNS // steps[0].shape[1]) if on_cpu else len(steps)
     return [steps[t:t + each] for t in range(0, len(steps), each)]
 
 

@@ -121,10 +121,13 @@ class FeatureCRF:
         label forbidden, weights too large for the dtype, or shapes that disagree.  No argument is
         written to.
         """
-        xp, c = array_module(scores), self.damping
         check_scores(scores, self.n_labels)
+        return self._infer(scores, self._kernels(features, scores), train)
+
+    def _infer(self, scores, kernels, train):
+        xp, c = array_module(scores), self.damping
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
-        kernels, W = self._kernels(features, scores), self._compatibility(f)
+        W = self._compatibility(f)
 
         def logits_of(f, q, *messages):          # of a block of rows
             return add_messages(f + c * q if c else f.copy(), messages, W)
@@ -194,11 +197,13 @@ class FeatureCRF:
         # forward: f enters each z^t, and z^0 = f
         df = rowwise(lambda *all_dz: sum(all_dz), xp.empty_like(dz), dz, *A)
         if steps:                # forward: and so do K_m and W_m, of all steps at once
-            A, B = ([side_by_side(group) for group in grouped(x)] for x in (A, steps[::-1]))
+            on_cpu = xp is np
+            A, B = ([side_by_side(group) for group in grouped(x, on_cpu)] for x in (A, steps[::-1]))
             for m, (name, K_m_A) in enumerate(zip(self._widths(), zip(*K_A))):
-                dW, dlog_sigma = kernels[m].backward(A, grouped(K_m_A), B, W[m])
-                self.grads["w"][m] += to_host(dW)
-                self.grads[name] += to_host(dlog_sigma)
+                dW, dlog_sigma = kernels[m].backward(A, grouped(K_m_A, on_cpu), B, W[m])
+                both = to_host(xp.concatenate([dW.ravel(), dlog_sigma]))     # one wait for a GPU
+                self.grads["w"][m] += both[:dW.size].reshape(dW.shape)
+                self.grads[name] += both[dW.size:]
         return df.reshape(state.logits.shape)                                # (*S, L)
 
     def project(self):

@@ -200,15 +200,21 @@ def _corners(n, ranks):
     ranks = xp.take(ranks, member, axis=1)                                   # (d+1, s)
     words = words[member]                                                    # (s,)
 
-    def corner(r):
-        return _distinct(words + sum((rank < r) * step for rank, step in zip(ranks, steps)))
+    def corners_of(some):
+        r = xp.asarray(some, dtype=ranks.dtype)[:, None]
+        at = words + sum((rank < r) * step for rank, step in zip(ranks, steps))
+        points, corners, _ = _distinct(at.ravel())
+        return points, corners.reshape(len(some), -1)
 
-    # each r by itself, in threads: corners of different r are never one point
-    points, corners, _ = zip(*for_each(corner, range(d + 1), ranks))         # d+1 of (P_r,), (s,)
-    firsts = np.cumsum([0] + [len(p) for p in points])
-    points, places, _ = _distinct(xp.concatenate(points))                    # (P,), (P,)
-    corners = [places[corner + first] for corner, first in zip(corners, firsts.tolist())]
-    return xp.take(xp.stack(corners, axis=1), numbers, axis=0), points, steps
+    if xp is not np:
+        points, corners = corners_of(range(d + 1))                           # (P,), (d+1, s)
+    else:
+        # each r by itself, in threads: corners of different r are never one point
+        points, corners = zip(*for_each(corners_of, [[r] for r in range(d + 1)], ranks))
+        firsts = np.cumsum([0] + [len(some) for some in points])
+        points, places, _ = _distinct(np.concatenate(points))
+        corners = np.concatenate([places[first + each] for first, each in zip(firsts, corners)])
+    return xp.take(xp.ascontiguousarray(corners.T), numbers, axis=0), points, steps
 
 
 def _units(spans):
