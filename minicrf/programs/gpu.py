@@ -28,13 +28,6 @@ def _failure(cupy):
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def out_of_memory(error):
-    """Whether memory ran out: CUDA's libraries say so by RuntimeErrors of their own."""
-    signs = "MemoryAllocation", "ALLOC_FAILED", "NOT_INITIALIZED", "INSUFFICIENT_RESOURCES"
-    return isinstance(error, MemoryError) or (       # as is CuPy's OutOfMemoryError
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
-
-
 def use_tf32(allowed):
     """Whether float32 matrix products on a GPU may round their factors to TF32, 10 bits.
 

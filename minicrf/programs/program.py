@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 
-from .gpu import out_of_memory
+from ..arrays import out_of_memory
 
 try:
     import fcntl
