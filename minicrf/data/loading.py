@@ -55,7 +55,7 @@ def batches(data, batch_size, seed, resized, start=0):
 
     data: a DataSet.  resized: Model.resized.  Shuffled epochs without replacement, each image
     mirrored left to right or not at random.  After k batches, a new iterator with start + k *
-    batch_size goes on exactly there.
+    batch_size resumes exactly there.
     """
     def read(index, mirrored):
         image, labels = data.load(data.train[index])
