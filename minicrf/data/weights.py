@@ -30,7 +30,7 @@ def read_weights(path):
     elif start[8:9] == b"{":
         weights = read_torchvision(path)
     else:
-        raise ValueError(f"{path}: neither .npz, .mat (version 5) nor .safetensors")
+        raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors")
     weights.setdefault("mean", np.array(MEAN))
     weights.setdefault("scale", np.array(1.0))
     if "conv1_1_w" not in weights:

@@ -21,7 +21,7 @@ from ..training import STAGES, Model
 def save(path, model, info, optimiser=None):
     """Write everything a run needs to resume into one file.
 
-    info: a dict that JSON can hold (class names, seed, iteration ...); version and preset are added.
+    info: a dict for JSON (class names, seed, iteration ...); version and preset are added.
     Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
     """
     arrays = {key: to_host(p) for key, p in model.net.params.items()}
