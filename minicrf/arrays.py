@@ -162,3 +162,10 @@ def to_device(x, device):
 def to_host(x):
     """The array x as a NumPy array; no copy where it is one already."""
     return np.asarray(x) if array_module(x) is np else cupy.asnumpy(x)
+
+
+def out_of_memory(error):
+    """Whether memory ran out: CUDA's libraries say so by RuntimeErrors of their own."""
+    signs = "MemoryAllocation", "ALLOC_FAILED", "NOT_INITIALIZED", "INSUFFICIENT_RESOURCES"
+    return isinstance(error, MemoryError) or (       # as is CuPy's OutOfMemoryError
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))

@@ -7,7 +7,7 @@ Legend: S the shape of the image, C its channels, D its dimensions; L labels; M 
 import numpy as np
 
 from .arrays import array_module
-from .inputs import check_array
+from .inputs import check_image
 from .meanfield import FeatureCRF
 
 
@@ -45,7 +45,8 @@ class DenseCRF(FeatureCRF):
                 more = " and each channel" if name == "bilateral" else ""
                 raise ValueError(f"sigma_{name}: found {length} widths, expected one for each of "
                                  f"{D} dimensions{more}")
-        if np.ndim(w) and len(w) == 2:           # of both kernels, whichever are used
+        w = [w] if np.isscalar(w) else list(w)
+        if len(w) == 2:                          # of both kernels, whichever are used
             w = [w_m for w_m, name in zip(w, sigmas) if name in used]
         super().__init__(n_labels, w=w, sigmas={name: sigmas[name] for name in used},
                          iterations=iterations, normalization=normalization, damping=damping,
@@ -63,10 +64,8 @@ class DenseCRF(FeatureCRF):
             raise ValueError(f"scores: found shape {scores.shape}, expected {self.dimensions} "
                              "dimensions and labels")
         channels = self.params.get("log_sigma_bilateral", np.zeros(0)).size - len(shape)
-        check_array("image", image, (*shape, channels if channels > 0 else "C"))
+        check_image(image, (*shape, channels if channels > 0 else "C"))
         image = xp.asarray(image)
-        if image.dtype.kind == "f" and not bool((abs(image) < np.inf).all()):
-            raise ValueError("image: found NaN or infinite values, expected finite ones")
         grid = xp.meshgrid(*(xp.arange(n, dtype=scores.dtype) for n in shape), indexing="ij")
         position = xp.stack(grid[::-1], axis=-1)                             # (*S, D): x first
         features = {"log_sigma_position": position, "log_sigma_bilateral": xp.concatenate(

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import array_module, for_each
 
-GPU_BYTES, CPU_BYTES = 2 ** 28, 2 ** 22     # of a block's columns
+GPU_BYTES, CPU_BYTES = 2 ** 30, 2 ** 22     # of a block's columns
 CPU_CELLS = 800                             # at least: a product wants width
 
 

@@ -177,7 +177,7 @@ class ExactFilter:
         if not bool((abs(features) < np.inf).all()):                         # NaN compares as false
             raise ValueError("features: found NaN or infinite values, expected finite ones")
         self.dtype = dtype or features.dtype
-        self.features = features.astype(np.float64)
+        self.features = features - features.mean(axis=0, dtype=np.float64)
         self.scale = xp.ones_like(self.features[:, :1])                      # (N, 1)
         self.diagonal = xp.ones_like(self.features[:, 0], dtype=self.dtype)
         n = len(features)

@@ -104,8 +104,10 @@ class ReLU(Layer):
 
     def forward(self, x, train=False):
         """x -> y, any shape; overwrites x."""
-        xp = array_module(x)
-        for_each(lambda p: xp.maximum(x[p], 0, out=x[p]), pieces(x), x)
+        def rectify(piece):
+            array_module(x).maximum(piece, 0, out=piece)
+
+        for_each(lambda p: rectify(x[p]), pieces(x), x)
         if train:
             self.y = x           # the next layer keeps the same array: no memory of its own
         return x

@@ -7,6 +7,7 @@ import copy
 
 import numpy as np
 
+from .inputs import check_labels
 from .localcrf import LocalCRF
 from .losses import softmax_loss
 from .meanfield import LARGEST_LOG_SIGMA
@@ -37,7 +38,8 @@ def learn(crf, samples, epochs=10, rate=1.0, rate_w=0.3, rate_sigma=0.1, momentu
     crf: a DenseCRF or FeatureCRF, changed in place.  samples: a list of (scores, image, labels),
     as in crf.forward, labels (*S) integers or VOID.  One update for each sample, in an order drawn
     anew for each epoch; rates of w and log sigma, both times `rate`.  Losses: each sample's, before
-    its update, as an array (epochs, samples).  Raises ValueError where a step leaves no numbers.
+    its update, as an array (epochs, samples).  Raises ValueError where labels are out of range or
+    not of the scores' shape, and where a step leaves no numbers.
 
     The likelihood is not intersection over union: the two need not agree on the best weights.  And
     a network is surer of the images it was trained on than of others: learn from other images, or
@@ -45,6 +47,8 @@ def learn(crf, samples, epochs=10, rate=1.0, rate_w=0.3, rate_sigma=0.1, momentu
     """
     from tqdm import tqdm        # only the bar needs it
 
+    for scores, _, labels in samples:
+        check_labels(labels, scores.shape[:-1], crf.n_labels)
     rates = {key: rate * (rate_w if key == "w" else rate_sigma) for key in crf.params}
     optimiser = SGD(crf.params, crf.grads, rates, dict.fromkeys(rates, 0.0), momentum)
     losses = np.empty((epochs, len(samples)))

@@ -7,9 +7,10 @@ Legend: H x W pixels, C image channels, L labels; S lines, the rows or columns, 
 """
 import numpy as np
 
-from .arrays import array_module, to_host
-from .inputs import VOID, check_array, check_scores
+from .arrays import array_module, to_device, to_host
+from .inputs import VOID, check_image, check_labels, check_scores
 from .losses import softmax
+from .saving import load_crf, save_crf
 
 
 class LocalCRF:
@@ -48,25 +49,35 @@ class LocalCRF:
         image: uint8 or float, finite.  train: keep what loss and backward need.
         Raises as DenseCRF.forward does.  Neither array is written to.
         """
-        xp = array_module(scores)
         check_scores(scores, self.n_labels)
-        check_array("image", image, (*scores.shape[:2], "C"))
-        colour = xp.asarray(image).astype(scores.dtype)
+        check_image(image, (*scores.shape[:2], "C"))
+        # line after line, a GPU would be asked 450,000 things for a photograph: so on the host
+        self._device, scores = "cpu" if array_module(scores) is np else "gpu", to_host(scores)
+        xp, colour = np, to_host(image).astype(scores.dtype)
         self._scores, self._contrasts = scores, []       # of edges down, and of edges to the right
         for lines in colour, colour.transpose(1, 0, 2):                      # (S, P, C)
             squares = ((lines[1:] - lines[:-1]) ** 2).sum(axis=2)[:, None]   # (S-1, 1, P)
             self._contrasts.append(xp.exp(squares / (-2 * self.sigma_contrast ** 2)))
         b, same, self.log_partition, self.residual = self._infer(scores)
         self._b, self._same = (b, same) if train else (None, None)
-        return b
+        return to_device(b, self._device)
+
+    def save(self, path):
+        """Write w and options into an .npz file.  Raises OSError, naming it."""
+        save_crf(path, self, ("n_labels", "sigma_contrast", "rho", "iterations"))
+
+    @classmethod
+    def load(cls, path):
+        """The CRF that `save` wrote.  Raises ValueError or OSError with one line."""
+        return load_crf(path, lambda options, params: cls(w=params["w"], **options))
 
     def _infer(self, f):
         """b (H, W, L); P(y_i = y_j) of edges down and to the right (S-1, 1, P); log Z; residual."""
         xp = array_module(f)
         w, limits = [float(w_k) for w_k in self.params["w"]], np.finfo(f.dtype)
         rewards = [w[0] + w[1] * contrast for contrast in self._contrasts]   # w_e (S-1, 1, P)
-        # tiny: logs stay finite, for rewards that are as good as infinite
-        fades = [xp.maximum(xp.exp(w_e / -self.rho), float(limits.tiny)) for w_e in rewards]
+        # twice tiny: logs stay finite, for rewards that are as good as infinite
+        fades = [xp.maximum(xp.exp(w_e / -self.rho), 2 * float(limits.tiny)) for w_e in rewards]
 
         # labels in the middle: sums over them then run along whole lines
         z = f.transpose(0, 2, 1).copy()                                      # (H, L, W)
@@ -102,8 +113,10 @@ class LocalCRF:
         Z_y / Z, where in Z_y they alone are free.  To take them out of the graph would be cheaper,
         but they lie where labels change, and without those edges w would learn to grow.
         """
-        f, xp = self._scores, array_module(self._scores)
-        y = labels.reshape(f.shape[:2])[..., None]                           # (H, W, 1)
+        f, xp = self._scores, np
+        y = to_host(labels).reshape(f.shape[:2])                             # (H, W)
+        check_labels(y, y.shape, self.n_labels)
+        y = y[..., None]
         labelled = y != VOID
         self._labelled = xp.maximum(labelled.sum(), 1).astype(f.dtype)
         # without void pixels log Z_y is F(x, y), found in two rounds
@@ -118,14 +131,13 @@ class LocalCRF:
         dloss: dL/dloss.  Messages stand still where log Z is stationary in them: nothing is to be
         tracked back through the rounds, and the gradient is as exact as they have converged.
         """
-        xp = array_module(self._b)
         scale = dloss / self._labelled
-        dw = xp.zeros(2, np.float64)
+        dw = np.zeros(2)
         for P, P_y, contrast in zip(self._same, self._same_y, self._contrasts):
             d = P - P_y                                                      # (S-1, 1, P)
-            dw += xp.stack([d.sum(dtype=np.float64), (contrast * d).sum(dtype=np.float64)])
-        self.grads["w"] += to_host(scale * dw)
-        return scale * (self._b - self._b_y)
+            dw += d.sum(dtype=np.float64), (contrast * d).sum(dtype=np.float64)
+        self.grads["w"] += scale * dw
+        return to_device(scale * (self._b - self._b_y), self._device)
 
 
 def _sweep(z, forth, back, c, rho):

@@ -8,11 +8,13 @@ from .arrays import array_module
 from .inputs import VOID
 
 
-def scores_from_probabilities(p, floor=1e-6):
+def scores_from_probabilities(p, floor=1e-4):
     """Scores log p for DenseCRF from class probabilities p (..., L), floats, in p's dtype.
 
-    floor: smaller probabilities are raised to it, since a 0 from rounding would forbid a label for
-    good; floor=0 keeps it as -inf.  Raises ValueError where p is negative, NaN or no float.
+    floor: smaller probabilities are raised to it, since a 0, from rounding or in a one-hot array,
+        would forbid a label for good; floor=0 keeps it as -inf.  log 1e-4 is -9.2, which the CRF's
+        default weights, 3 + 10, can overcome where all neighbours agree.
+    Raises ValueError where p is negative, NaN or no float.
     """
     xp = array_module(p)
     if p.dtype.kind != "f" or not bool((p >= 0).all()):
@@ -28,9 +30,15 @@ def scores_from_labels(labels, n_labels, confidence, unknown=VOID, dtype=np.floa
     confidence: probability, 0 < confidence < 1, that a pixel's given label is the right one; the
     others share the rest evenly.
     unknown: the value of pixels with no label, for which all are alike; None if there are none.
-    Raises ValueError where confidence or a label is out of range.
+    Raises ValueError where confidence or a label is out of range, or labels are no whole numbers.
     """
-    xp = array_module(labels)
+    xp, dtype = array_module(labels), np.dtype(dtype)
+    if unknown == VOID and n_labels > VOID:
+        raise ValueError(f"unknown: found {VOID}, which is one of {n_labels} labels; give another "
+                         "value, or None")
+    if labels.dtype.kind not in "iub":
+        raise ValueError(f"labels: found {labels.dtype}, expected whole numbers, as of an integer "
+                         "dtype; resize label maps without interpolation")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: found {confidence}, expected a probability between 0 and 1")
     known = xp.ones(labels.shape, dtype=bool) if unknown is None else labels != unknown
@@ -40,4 +48,4 @@ def scores_from_labels(labels, n_labels, confidence, unknown=VOID, dtype=np.floa
                          + ("" if unknown is None else f", or {unknown} for unknown"))
     given = known[..., None] & (labels[..., None] == xp.arange(n_labels))    # (H, W, L)
     log_odds = np.log(confidence) - np.log((1 - confidence) / max(n_labels - 1, 1))
-    return given.astype(dtype) * dtype(log_odds)
+    return given.astype(dtype) * dtype.type(log_odds)

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from .arrays import to_host
-from .inputs import VOID
+from .inputs import VOID, check_labels
 
 COARSE = {"w_bilateral": (2., 4., 7., 10.),
           "sigma_bilateral": ((20., 7.), (20., 13.), (40., 7.), (40., 13.), (80., 7.), (80., 13.))}
@@ -32,6 +32,8 @@ def search(crf, samples, grid=None, finer=True):
     """
     from tqdm import tqdm        # only the bar needs it
 
+    for scores, _, labels in samples:
+        check_labels(labels, scores.shape[:-1], crf.n_labels)
     grid = grid or COARSE
     table = _measure(crf, samples, grid, tqdm)
     if finer:
@@ -98,7 +100,7 @@ def _best(table):
 def _around(value):
     factors = 1 / FINER, 1., FINER
     if np.ndim(value) == 0:
-        return [factor * value for factor in factors]
+        return sorted({factor * value for factor in factors})    # 0 stays 0
     return [tuple(x * factor for x, factor in zip(value, each))
             for each in itertools.product(factors, repeat=len(value))]
 

@@ -385,8 +385,8 @@ def test_bad_options_are_refused(options, message):
     (lambda s, F: (s, [F[0].tolist(), *F[1:]]), TypeError, "features: found builtins.list"),
     (lambda s, F: (s.tolist(), F), TypeError, "scores: found builtins.list, expected a NumPy"),
     (lambda s, F: (memoryview(s), F), TypeError, "scores: found builtins.memoryview"),
-    (lambda s, F: (s.astype(">f4"), F), ValueError, "scores: found 60 of >f4"),
-    (lambda s, F: (s.astype(np.float16), F), ValueError, "scores: found 60 of <f2"),
+    (lambda s, F: (s.astype(">f4"), F), ValueError, "scores: found 60 numbers of float"),
+    (lambda s, F: (s.astype(np.float16), F), ValueError, "scores: found 60 numbers of float"),
     (lambda s, F: (s[..., :2], F), ValueError, r"scores: found shape \(4, 5, 2\)"),
 ])
 @pytest.mark.parametrize("exact", [True, False])

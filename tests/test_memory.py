@@ -70,7 +70,7 @@ def test_computed_memory_is_what_a_step_allocates(preset, batch_size, monkeypatc
     assert optimiser and training_bytes(net, batch_size) == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("device, budget", [("cpu", 9.5e9), ("gpu", 7e9)])
+@pytest.mark.parametrize("device, budget", [("cpu", 9.5e9), ("gpu", 8e9)])
 def test_the_papers_step_fits_the_papers_card(device, budget, monkeypatch):
     """vgg16, batch of 20, 12 GB; the arrays are never made, only their sizes are asked for."""
     monkeypatch.setattr(arrays, "cupy", strict_cupy.cupy)

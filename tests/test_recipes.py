@@ -191,7 +191,7 @@ def test_their_unary_helpers():
         np.testing.assert_allclose(mine.reshape(-1, L).T, -energy, rtol=1e-5, atol=1e-6)
     y = rng.integers(0, L + 1, (H, W))                                   # 0: unsure
     for mine, energy in (
-            (scores_from_labels(y - 1, L, 0.7, unknown=-1),
+            (scores_from_labels(y.astype(int) - 1, L, 0.7, unknown=-1),
              utils.unary_from_labels(y, L, gt_prob=0.7)),
             (scores_from_labels(y % L, L, 0.7, unknown=None),
              utils.unary_from_labels(y % L, L, 0.7, zero_unsure=False))):

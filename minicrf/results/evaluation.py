@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from ..arrays import out_of_memory
 from ..data import pictures, voc
 from . import checkpoints, figures, metrics
 from .metrics import BAND
@@ -57,8 +58,8 @@ def label_photographs(checkpoint, path, folder, device):
             name = os.path.join(folder, os.path.basename(each))
             voc.save_labels(f"{name}.labels.png", labels)
             pictures.save_png(f"{name}.overlay.png", figures.overlay(image, labels))
-        except (ValueError, OSError, MemoryError) as error:
-            if not os.path.isdir(path):
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if not os.path.isdir(path) or type(error) is RuntimeError and not out_of_memory(error):
                 raise
             print(f"skipped: {error or f'{each}: too little memory'}", file=sys.stderr)
             skipped += 1
