@@ -205,8 +205,10 @@ def start_model(args, data, start, stage, device):
           f"{', '.join(fresh if loaded else ['all layers']) or 'none'}")
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
-    first = [model.resized(data.load(image_id)[0]) for image_id in data.train[:4]]
-    vgg.scale_fresh(net, fresh, model.inputs(first))
+    images, labels = zip(*map(data.load, data.train[:4]))
+    for line in voc.one_class(f"{args.voc}: the first training images", voc.count_labels(labels)):
+        print(f"warning: {line}; --check looks at all")
+    vgg.scale_fresh(net, fresh, model.inputs([model.resized(image) for image in images]))
     return model, fresh
 
 
@@ -235,7 +237,7 @@ def begin(args, data, stage, device):
                               "settings": settings, "arguments": vars(args), "iteration": 0}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if arrays:
-        checkpoints.copy(path, arrays, optimiser.velocity, "velocity_")
+        checkpoints.restore(path, arrays, optimiser.velocity, "velocity_")
     return model, optimiser, info
 
 
@@ -337,8 +339,9 @@ def run(args):
             print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
             toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
         if args.check:
-            problems = voc.check(args.voc, args.sbd)
-            print("\n".join(problems) or f"{args.voc}: no problem found")
+            notes = []
+            problems = voc.check(args.voc, args.sbd, notes)
+            print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
             return 2 if problems else 0
         train_or_measure(args, device)
     if device == "gpu":

@@ -11,8 +11,8 @@ import numpy as np
 def replacing(path, mode="w", newline=None):
     """A file to write into that takes the place of `path` once it is whole.
 
-    It is a new one, of a name that nobody has.  Raises OSError, naming the file; an interrupted or
-    failed write leaves the earlier file whole.
+    It is a new file beside it, under a random name.  Raises OSError, naming the file; an
+    interrupted or failed write leaves the earlier file whole.
     """
     beside = os.path.join(os.path.dirname(path), f".minicrf-{secrets.token_hex(8)}.tmp")
     try:

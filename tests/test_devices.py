@@ -15,7 +15,7 @@ import strict_cupy
 
 import minicrf
 from minicrf import DenseCRF, arrays, layers, losses, training, vgg
-from minicrf.results import checkpoints, evaluation, metrics
+from minicrf.results import checkpoints, evaluation
 from minicrf.programs import gpu as probing
 from minicrf.programs.gpu import gpu_available
 from minicrf.arrays import array_module, to_device, to_host
@@ -384,18 +384,6 @@ def test_evaluation(xp):
         assert np.abs(found[key] - counts).sum() <= 2, key
 
 
-def test_confusion_matrix(xp):
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(0, N_CLASSES, (2, 7, 9)).astype(np.uint8)
-    labels[0] = VOID
-    found = metrics.confusion_matrix(gpu(labels), gpu(predictions), N_CLASSES)
-    expected = metrics.confusion_matrix(labels, predictions, N_CLASSES)
-    assert np.array_equal(to_host(found), expected) and found.dtype == expected.dtype
-    assert metrics.mean_iou(found) == metrics.mean_iou(expected)
-    with pytest.raises(ValueError, match="predictions: found 9 to 9, expected 0 to 3"):
-        metrics.confusion_matrix(gpu(labels), gpu(np.full_like(labels, 9)), N_CLASSES)
-
-
 @pytest.mark.skipif(not REAL, reason="no CUDA device with cupy")
 def test_the_whole_program_on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_voc, "gpu_available", gpu_available)    # conftest.py hides it
@@ -413,7 +401,7 @@ def test_checkpoints(xp, tmp_path):
     checkpoints.save(path, model, dict(stage="joint", classes=list("abcd"), iteration=1), optimiser)
     again, content, _ = checkpoints.load_model(path, device="gpu")
     resumed = training.optimizer(again, "joint", [])
-    checkpoints.copy(path, content, resumed.velocity, "velocity_")
+    checkpoints.restore(path, content, resumed.velocity, "velocity_")
     for key, p in optimiser.params.items():
         assert np.allclose(to_host(resumed.params[key]), to_host(p), rtol=1e-15), key
         assert np.array_equal(to_host(resumed.velocity[key]), to_host(optimiser.velocity[key]))

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from minicrf.data import voc
-from minicrf.results import figures
 from minicrf.inputs import VOID
+from minicrf.results import figures
 
 
 def labels_of_quarters(h=12, w=16):
@@ -101,11 +101,10 @@ def test_best_unary_value_is_a_line_at_its_height_in_the_joint_plot(tmp_path):
     assert abs(line - (peak + 3)) <= 2
 
 
-@pytest.mark.parametrize("rows", [[], log("unary", []), log("unary", [12.5]), log("joint", [50]),
-                                  log("unary", ["nan", 20]), log("unary", [0, 0, 0]),
-                                  log("unary", [100, 100]), log("unary", [33.3] * 3, step=10000),
-                                  log("joint", [71.23, 71.24]),
-                                  [dict(stage="joint", iteration=0, miou=50.0, images="1/2")], log("piecewise", [3, 4])])
+@pytest.mark.parametrize("rows", [
+    [], log("unary", [12.5]), log("joint", [50]), log("unary", ["nan", 20]), log("unary", [0, 0]),
+    log("unary", [100, 100]), log("unary", [33.3] * 3, step=10000), log("joint", [71.23, 71.24]),
+    [dict(stage="joint", iteration=0, miou=50.0, images="1/2")], log("piecewise", [3, 4])])
 def test_curves_of_odd_logs_are_drawn(tmp_path, rows):
     figures.curves(tmp_path / "curves.png", rows)
     assert pixels(tmp_path / "curves.png").shape == (420, 1000, 3)

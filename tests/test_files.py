@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from minicrf import saving as files
+from minicrf import saving
 from minicrf.programs import program
 
 
 def test_a_file_is_replaced_once_it_is_whole(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with files.replacing(path) as file:
+    with saving.replacing(path) as file:
         file.write("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.txt"]
@@ -30,7 +30,7 @@ def test_a_write_that_is_cut_short_leaves_the_earlier_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("before")
     with pytest.raises(type(error)) as raised:
-        with files.replacing(path) as file:
+        with saving.replacing(path) as file:
             file.write("half of ")
             raise error
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
@@ -43,21 +43,21 @@ def test_no_file_of_a_users_own_is_written_to(tmp_path, monkeypatch):
     """Neither one of the temporary file's name nor what a link of that name points to."""
     mine = tmp_path / "a.txt.tmp"
     mine.write_text("the only copy")
-    with files.replacing(tmp_path / "a.txt") as file:
+    with saving.replacing(tmp_path / "a.txt") as file:
         file.write("x")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "taken")
+    monkeypatch.setattr(saving.secrets, "token_hex", lambda n: "taken")
     link = tmp_path / ".minicrf-taken.tmp"
     link.symlink_to(mine)
     with pytest.raises(OSError, match="a.txt: could not be written .File exists"):
-        with files.replacing(tmp_path / "a.txt") as file:
+        with saving.replacing(tmp_path / "a.txt") as file:
             file.write("y")
     assert mine.read_text() == "the only copy" and (tmp_path / "a.txt").read_text() == "x"
 
 
 LOCK = """
 import sys
-from minicrf.programs import program as files
-with files.locked(sys.argv[1]):
+from minicrf.programs.program import locked
+with locked(sys.argv[1]):
     pass
 """
 

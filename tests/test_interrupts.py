@@ -1,23 +1,20 @@
 """What may end a run: signals, kills, full disks, broken files, a second run; what is left then.
 
-Whatever it is, a run that goes on ends as if undisturbed, to the bit.
+Whatever it is, a run that resumes ends as if undisturbed, to the bit.
 """
-import contextlib
-import json
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 import run_voc
-from minicrf.data import weights
 from minicrf.results import checkpoints, logs
+from minicrf.saving import read_npz
 
 resource = pytest.importorskip("resource", reason="signals and limits of a process are Unix's")
 PROGRAM = pathlib.Path(run_voc.__file__)
@@ -41,7 +38,7 @@ def assert_as_if_undisturbed(out, whole):
     """Every array of every checkpoint to the bit, the log and the results to the letter."""
     assert not list(out.glob("**/.minicrf-*"))
     for path in whole.glob("*.npz"):
-        expected, found = weights.read_npz(path), weights.read_npz(out / path.name)
+        expected, found = read_npz(path), read_npz(out / path.name)
         assert expected.keys() == found.keys()
         for key in expected:
             if key != "info":                      # tells the command line, --resume in it
@@ -208,15 +205,6 @@ def test_a_run_out_of_space_keeps_the_earlier_checkpoint(toy_set, whole, tmp_pat
     assert not list(tmp_path.glob(".minicrf-*"))
 
 
-def test_resuming_from_a_damaged_checkpoint_ends_in_one_line(toy_set, whole, tmp_path):
-    content = bytearray((whole / "unary.npz").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "unary.npz").write_bytes(content)
-    done = run(options(toy_set, tmp_path, "--resume"))
-    assert done.returncode == 2
-    one_line(done.stderr, f"{tmp_path / 'unary.npz'}: not a readable .npz file")
-
-
 def test_of_two_runs_in_one_folder_the_second_says_why_it_stops(toy_set, whole, tmp_path):
     first = subprocess.Popen([sys.executable, PROGRAM, *options(toy_set, tmp_path)],
                              stdout=subprocess.PIPE, text=True)
@@ -227,110 +215,3 @@ def test_of_two_runs_in_one_folder_the_second_says_why_it_stops(toy_set, whole, 
     first.communicate(timeout=300)
     assert first.returncode == 0
     assert_as_if_undisturbed(tmp_path, whole)
-
-
-# --- many times ----------------------------------------------------------------------------------
-
-TIMES = int(os.environ.get("INTERRUPTIONS", 30))
-SAVE_EVERY = 0.3                                   # seconds, in these runs
-LONG = ["--evaluate-every", "1000", "--iterations", "12"]
-
-
-def in_child(function, *arguments):
-    """The id of a forked process that runs function(*arguments) and exits with what it returns."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        code = 3
-        with contextlib.suppress(BaseException), open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-            code = function(*arguments)
-        os._exit(code)
-    return child
-
-
-def train(arguments, steps=None, limit=None):
-    """The program, noting when each step was done; limit: bytes of a file."""
-    run_voc.SAVE_EVERY = SAVE_EVERY
-    real = run_voc.training.checked_step
-
-    def step(model, optimiser, batch, seed, iteration, *more):
-        loss = real(model, optimiser, batch, seed, iteration, *more)
-        with open(steps, "a") as file:
-            file.write(json.dumps([len(optimiser.params), iteration, time.monotonic()]) + "\n")
-        return loss
-
-    if steps:
-        run_voc.training.checked_step = step
-    if limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limited(limit)
-    return run_voc.main(arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_interruptions_at_random_lose_little_and_change_nothing(toy_set, tmp_path):
-    """Signals, kills, a full disk, a broken validation picture, at random moments of a run."""
-    root, whole = tmp_path / "set", tmp_path / "whole"
-    shutil.copytree(toy_set, root)
-    assert os.waitpid(in_child(train, options(root, whole, *LONG)), 0)[1] == 0
-    size = (whole / "joint.npz").stat().st_size
-    began = time.monotonic()
-    os.waitpid(in_child(train, options(root, tmp_path / "again", *LONG)), 0)
-    duration = time.monotonic() - began
-    rng, picture = np.random.default_rng(0), root / "SegmentationClass" / "val_0001.png"
-    kept, ways = picture.read_bytes(), ["INT", "TERM", "KILL", "full disk", "broken picture"]
-    interrupted = 0
-    for number in range(TIMES):
-        way, out = ways[number % 5], tmp_path / str(number)
-        steps = tmp_path / f"{number}.steps"
-        arguments = options(root, out, *LONG)
-        # a limit that unary.npz, joint.npz or neither keeps
-        limit = int(size * rng.uniform(0.9, 1.0)) if way == "full disk" else None
-        child, at = in_child(train, arguments, steps, limit), time.monotonic()
-        time.sleep(rng.uniform(0, duration))
-        if way == "broken picture":
-            picture.write_bytes(b"broken")
-        elif way != "full disk":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, getattr(signal, f"SIG{way}"))
-        at, code = time.monotonic(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        picture.write_bytes(kept)
-        assert code in {"INT": (0, 130), "TERM": (0, 130), "KILL": (0, -9)}.get(way, (0, 2)), way
-        interrupted += code != 0
-        done = steps.read_text().splitlines() if steps.exists() else []
-        done = [json.loads(line) for line in done]
-        if done and way != "full disk":
-            stage = "unary" if done[-1][0] == done[0][0] else "joint"
-            saved = (checkpoints.read(out / f"{stage}.npz")[1]["iteration"]
-                     if (out / f"{stage}.npz").exists() else 0)
-            lost = [when for params, i, when in done if params == done[-1][0] and i > saved]
-            if way != "KILL":
-                assert not lost, (number, way, lost)
-            assert not lost or at - lost[0] < SAVE_EVERY + 2, (number, way, at - lost[0])
-        assert os.waitpid(in_child(train, [*arguments, "--resume"]), 0)[1] == 0, (number, way)
-        assert_as_if_undisturbed(out, whole)
-        shutil.rmtree(out)
-    assert interrupted > TIMES / 2
-
-
-@pytest.mark.slow
-def test_two_default_runs_at_the_same_time(tmp_path):
-    command = [sys.executable, PROGRAM, "--iterations", "1", "--batch-size", "2",
-               "--evaluate-images", "1"]
-    for number in range(TIMES // 5):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        both = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        errors = [process.communicate(timeout=300)[1] for process in both]
-        codes = [process.returncode for process in both]
-        if codes != [0, 0]:                        # one after the other is fine, too
-            assert sorted(codes) == [0, 2], errors
-            one_line(errors[codes.index(2)], "--out: found another run at work in runs; expected")
-        runs = folder / "runs"
-        assert {"toy_seed0", "unary.npz", "joint.npz", "table.txt"} <= {*os.listdir(runs)}
-        assert [row["stage"] for row in logs.read_log(runs / "log.csv")] == ["unary"] + ["joint"] * 2
-        assert not list(runs.glob(".minicrf-*"))

@@ -2,9 +2,8 @@
 import numpy as np
 import pytest
 
-from minicrf.results import metrics
-from minicrf.programs.gpu import gpu_available
 from minicrf.inputs import VOID
+from minicrf.results import metrics
 
 
 @pytest.fixture
@@ -56,16 +55,6 @@ def test_wrong_shapes_and_labels_are_refused():
         metrics.confusion_matrix(labels, np.array([[0, 4, 1], [1, 1, 1]]), 4)
     with pytest.raises(ValueError, match="labels: found 9 to 9"):
         metrics.confusion_matrix(labels + 9, labels, 4)
-
-
-@pytest.mark.skipif(not gpu_available(), reason="no GPU")
-def test_the_same_counts_on_a_gpu(rng):
-    import cupy
-    labels, predictions = some_labels(rng), rng.integers(0, 4, (20, 30))
-    on_gpu = metrics.confusion_matrix(cupy.asarray(labels), cupy.asarray(predictions), 4)
-    assert isinstance(on_gpu, cupy.ndarray)
-    assert (cupy.asnumpy(on_gpu) == metrics.confusion_matrix(labels, predictions, 4)).all()
-    assert metrics.mean_iou(on_gpu) == metrics.mean_iou(cupy.asnumpy(on_gpu))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3.5])

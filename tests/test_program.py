@@ -12,7 +12,7 @@ from minicrf.programs import program
 whole = program.number("a whole number from 1 to 9", lambda x: 1 <= x <= 9, int)
 
 
-@pytest.mark.parametrize("text", ["0", "10", "1.5", "x", "", "nan", "9" * 400, "9" * 5000, "\u00b2"])
+@pytest.mark.parametrize("text", ["0", "10", "1.5", "x", "", "nan", "9" * 5000])
 def test_a_number_out_of_range_is_named_shortened(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from") as error:
         whole(text)
@@ -22,9 +22,11 @@ def test_a_number_out_of_range_is_named_shortened(text):
 
 @pytest.mark.parametrize("error, code, words", [
     (None, 0, ""), (ValueError("a.png: found x"), 2, "a.png: found x"),
-    (FloatingPointError("found loss nan"), 2, "found loss nan"), (MemoryError("8 EiB"), 2, "found too little memory (8 EiB)"),
+    (FloatingPointError("found loss nan"), 2, "found loss nan"),
+    (MemoryError("8 EiB"), 2, "found too little memory (8 EiB)"),
     (PermissionError(13, "Permission denied", "a.png"), 2, "a.png: found Permission denied"),
     (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "found too little memory (CUBLAS_STATUS"),
+    (RuntimeError("CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"), 2, "found too little memory (CUSP"),
     (KeyboardInterrupt(), 130, "stopped")])
 def test_errors_end_in_one_line_and_a_code(capsys, error, code, words):
     def function():

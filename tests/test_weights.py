@@ -236,18 +236,20 @@ def npz(path, **arrays):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("key", ["conv1_1_w", "conv5_3_w", "conv5_3_b", "fc6_w", "fc7_w"])
-def test_a_wrong_shape(kind, key, theirs, tmp_path):
-    short = {**theirs, key: theirs[key][:-1]}
-    refused(FORMATS[kind](tmp_path / "weights", short), key, "vgg16")
+def test_a_wrong_shape(kind, theirs, tmp_path):
+    for key in ("conv1_1_w", "conv5_3_b", "fc6_w"):
+        short = {**theirs, key: theirs[key][:-1]}
+        refused(FORMATS[kind](tmp_path / "weights", short), key, "vgg16")
 
 
-@pytest.mark.parametrize("shape", [(FC, 8 * 49 - 1), (FC, 7 * 49), (FC - 1, 8 * 49), (FC,), (0, 0)])
-def test_a_wrong_shape_of_a_fully_connected_layer(shape, theirs, tmp_path):
-    tensors = torchvision_tensors(theirs)
-    tensors["classifier.0.weight"] = np.ones(shape)
+@pytest.mark.parametrize("key, shape", [
+    ("classifier.0.weight", (FC, 8 * 49 - 1)), ("classifier.0.weight", (FC, 7 * 49)),
+    ("classifier.0.weight", (FC,)), ("classifier.0.weight", (0, 0)),
+    ("features.0.weight", (4, 5, 3, 3)), ("features.0.weight", ())])
+def test_a_wrong_shape_in_torchvisions_layout(key, shape, theirs, tmp_path):
+    tensors = {**torchvision_tensors(theirs), key: np.ones(shape)}
     (tmp_path / "weights").write_bytes(safetensors(tensors))
-    refused(tmp_path / "weights", "fc6_w")
+    refused(tmp_path / "weights", "fc6_w" if key.startswith("classifier") else "conv1_1_w")
 
 
 def test_largefov_needs_as_many_channels_as_it_takes(theirs, tmp_path):
@@ -256,17 +258,16 @@ def test_largefov_needs_as_many_channels_as_it_takes(theirs, tmp_path):
     refused(write_npz(tmp_path / "weights", narrow), "fc6_w", "largefov", preset="largefov")
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_weights_of_another_width_do_not_fit(kind, theirs, tmp_path):
-    refused(FORMATS[kind](tmp_path / "weights", theirs), "conv1_1_w", "(16, 3, 3, 3)", "tiny",
+def test_weights_of_another_width_do_not_fit(theirs, tmp_path):
+    refused(write_npz(tmp_path / "weights", theirs), "conv1_1_w", "(16, 3, 3, 3)", "tiny",
             preset="tiny")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", ["conv1_1", "conv4_2", "conv5_3"])
-def test_a_missing_convolution_is_named(kind, name, theirs, tmp_path):
-    rest = {key: values for key, values in theirs.items() if not key.startswith(name)}
-    refused(FORMATS[kind](tmp_path / "weights", rest), name)
+def test_a_missing_convolution_is_named(kind, theirs, tmp_path):
+    for name in ("conv1_1", "conv4_2"):
+        rest = {key: values for key, values in theirs.items() if not key.startswith(name)}
+        refused(FORMATS[kind](tmp_path / "weights", rest), name)
 
 
 @pytest.mark.parametrize("key", ["conv2_1_w", "conv2_1_b"])
@@ -275,35 +276,28 @@ def test_half_a_convolution_is_a_missing_one(key, theirs, tmp_path):
     refused(write_npz(tmp_path / "weights", rest), "conv2_1")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_numbers_that_are_not_finite(kind, bad, theirs, tmp_path):
-    for key in ("conv1_1_w", "fc7_b"):
-        broken = {**theirs, key: theirs[key].copy()}
-        broken[key].flat[-1] = bad
-        refused(FORMATS[kind](tmp_path / "weights", broken), key)
+    broken = {**theirs, "fc7_b": theirs["fc7_b"].copy()}
+    broken["fc7_b"][-1] = bad
+    refused(FORMATS[kind](tmp_path / "weights", broken), "fc7_b")
 
 
-@pytest.mark.parametrize("mean", [np.ones(4), np.ones((1, 3)), np.float64(3), np.full(3, np.nan),
-                                  np.array([1, 2, 3]), np.array(["a", "b", "c"])])
+@pytest.mark.parametrize("mean", [np.ones(4), np.full(3, np.nan), np.array([1, 2, 3])])
 def test_a_mean_that_is_none(mean, theirs, tmp_path):
     refused(npz(tmp_path / "weights", **theirs, mean=mean), "mean")
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, complex, "S8", "U8"])
+@pytest.mark.parametrize("dtype", [np.uint8, complex, "U8"])
 def test_weights_of_another_type(dtype, theirs, tmp_path):
     wrong = np.zeros_like(theirs["conv3_1_w"]).astype(dtype)
     refused(npz(tmp_path / "weights", **{**theirs, "conv3_1_w": wrong}), "conv3_1_w")
-    if dtype == np.int64:
-        (tmp_path / "weights").write_bytes(safetensors(
-            {**torchvision_tensors(theirs), "features.10.weight": wrong}))
-        refused(tmp_path / "weights", "conv3_1")
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"PK", b"PK\x03\x04 not a zip file", b"MATLAB 5.0 MAT-file", b"MATLAB 5.0" + bytes(500),
-    bytes(8) + b"{", b"\xff" * 8 + b"{}", b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"{]",
-    b"\x89HDF\r\n\x1a\n" + bytes(100), b"#!/bin/sh\nexit 1\n", b"\x80\x04\x95pickle", bytes(1000)])
+    b"", b"PK", b"PK\x03\x04 not a zip file", b"MATLAB 5.0 MAT-file", bytes(8) + b"{",
+    b"\x02" + bytes(7) + b"{}", b"\x89HDF\r\n\x1a\n" + bytes(100), b"\x80\x04\x95pickle"])
 def test_not_a_weights_file(content, tmp_path):
     (tmp_path / "weights").write_bytes(content)
     refused(tmp_path / "weights")
@@ -314,24 +308,19 @@ def test_no_file_and_a_folder(tmp_path):
     refused(tmp_path)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated(kind, share, theirs, tmp_path):
+def test_truncated(kind, theirs, tmp_path):
     path = FORMATS[kind](tmp_path / "weights", theirs)
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(share * len(whole))])
-    refused(path)
+    for share in (0.01, 0.5, 0.999):
+        path.write_bytes(whole[:int(share * len(whole))])
+        refused(path)
 
 
 @pytest.mark.parametrize("entry", [
-    {"data_offsets": [0, 10 ** 12]}, {"data_offsets": [-8, 856]}, {"data_offsets": [864, 0]},
-    {"data_offsets": [0, 8]}, {"data_offsets": [0]}, {"data_offsets": None},
-    {"data_offsets": [0.0, 864.0]}, {"data_offsets": ["0", "864"]},
-    {"data_offsets": [0, float("nan")]}, {"shape": [4, 3, 3]},
-    {"shape": [-4, -3, 3, 3]}, {"shape": [float("inf")]}, {"shape": ["x"]},
-    {"shape": 108}, {"shape": None}, {"shape": [10 ** 30, 0], "data_offsets": [0, 0]},
-    {"shape": [0, 2 ** 62, 4], "data_offsets": [0, 0]}, {"shape": [1] * 100 + [108]},
-    {"dtype": "BF16"}, {"dtype": "F8_E4M3"}, {"dtype": None}, {"dtype": ["F64"]}])
+    {"data_offsets": [0, 10 ** 12]}, {"data_offsets": [864, 0]}, {"data_offsets": None},
+    {"shape": [4, 3, 3]}, {"shape": [-4, -3, 3, 3]}, {"shape": None}, {"dtype": "BF16"},
+    {"dtype": ["F64"]}])
 def test_a_safetensors_header_that_lies(entry, theirs, tmp_path):
     """The truth of conv1_1: {"dtype": "F64", "shape": [4, 3, 3, 3], "data_offsets": [0, 864]}."""
     overwritten = {"features.0.weight": entry}
@@ -339,10 +328,7 @@ def test_a_safetensors_header_that_lies(entry, theirs, tmp_path):
     refused(tmp_path / "weights")
 
 
-@pytest.mark.parametrize("header", [
-    b"{", b"{}", b'{"a": 1}', b'{"a": []}', b'{"a": {}}', b"{" * 9000, b'{"a":' * 9000,
-    b'{"\xff": 1}',
-    b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"[" * 9, b"{null}"])
+@pytest.mark.parametrize("header", [b"{", b"{}", b'{"a":' * 9000, b'{"\xff": 1}', b"{null}"])
 def test_a_safetensors_header_of_another_kind(header, tmp_path):
     (tmp_path / "weights").write_bytes(struct.pack("<Q", len(header)) + header)
     refused(tmp_path / "weights")
@@ -360,34 +346,22 @@ def test_pickled_objects_are_not_executed(theirs, tmp_path):
 @pytest.mark.parametrize("content", [
     {"layers": cell({"name": "conv1_1", "type": "conv"}), "meta": {}},
     {"layers": cell({"name": "conv1_1", "weights": cell(np.ones((3, 3)))}), "meta": {}},
-    {"layers": cell({"name": "conv1_1", "weights": cell(np.ones((3, 3, 3)), np.ones(4))})},
-    {"layers": cell({"name": "conv1_1", "weights": 3.0}), "meta": {}},
     {"layers": cell({"name": "conv1_1", "weights": cell("abc", "def")}), "meta": {}},
-    {"layers": cell({"name": np.ones(3), "weights": 3.0}), "meta": {"normalization": 3.0}},
-    {"layers": 5.0}, {"layers": "text"}, {"layers": cell(1.0, 2.0)}, {"meta": {}}, {"x": 1.0},
-    {"layers": cell(), "meta": {"normalization": {"averageImage": 3.0}}},
-    {"layers": cell(), "meta": {"normalization": {"averageImage": "grey"}}}])
+    {"layers": 5.0}, {"layers": "text"}, {"layers": cell(1.0, 2.0)}, {"x": 1.0},
+    {"layers": cell(), "meta": {"normalization": {"averageImage": 3.0}}}])
 def test_a_mat_file_of_something_else(content, tmp_path):
     scipy.io.savemat(tmp_path / "weights", content)
     refused(tmp_path / "weights")
 
 
-def test_a_compressed_mat_file_with_a_wrong_checksum(theirs, tmp_path):
-    whole = write_matconvnet(tmp_path / "weights", theirs, compressed=True).read_bytes()
-    end_of_layers = 136 + int.from_bytes(whole[132:136], "little")
-    for end in (end_of_layers, len(whole)):
-        (tmp_path / "weights").write_bytes(whole[:end - 4] + bytes(4) + whole[end:])
-        refused(tmp_path / "weights")
-
-
-@pytest.mark.parametrize("kind", ["npz", "safetensors", "mat"])
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "mat, compressed"])
 def test_damaged_bytes_end_in_one_line_or_in_numbers(kind, theirs, tmp_path):
     """Either a refusal or finite weights, never another exception."""
     path = FORMATS[kind](tmp_path / "weights", theirs)
     whole, rng = path.read_bytes(), np.random.default_rng(2)
-    for _ in range(150):
+    for trial in range(20):
         content = bytearray(whole)
-        start = 0 if rng.random() < 0.5 else max(0, len(whole) - 3000)   # where the structure is
+        start = max(0, len(whole) - 3000) * (trial % 2)                  # where the structure is
         for at in start + rng.integers(0, min(3000, len(whole)), rng.integers(1, 6)):
             content[at] = rng.integers(0, 256)
         path.write_bytes(bytes(content))

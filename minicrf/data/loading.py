@@ -1,4 +1,4 @@
-"""What training takes from a data set: shuffled, mirrored, resized, read ahead by threads.
+"""What training takes from a data set: images shuffled, mirrored, resized, and read ahead.
 
 Legend: H x W original pixels, S the network's input side.
 """
@@ -33,7 +33,7 @@ class DataSet:
         return voc.load(self.root, image_id, sbd, len(self.classes))
 
     def samples(self, ids, note):
-        """(image, labels) of each; note: what they are for, shown with a bar on a terminal."""
+        """(image, labels) of each id.  note: says what for, beside a progress bar on a terminal."""
         return tqdm(ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
                     disable=None)
 
@@ -41,7 +41,7 @@ class DataSet:
 def draws(n, seed, start=0):
     """Endless (index, mirrored) pairs: shuffled epochs over n images, from draw number `start` on.
 
-    A pure function of (n, seed, draw number), so those numbers are all there is to save and resume.
+    A pure function of (n, seed, draw number), so these numbers are all that resuming needs.
     """
     for epoch in itertools.count(start // n):
         rng = np.random.default_rng([seed, epoch])
@@ -55,7 +55,7 @@ def batches(data, batch_size, seed, resized, start=0):
 
     data: a DataSet.  resized: Model.resized.  Shuffled epochs without replacement, each image
     mirrored left to right or not at random.  After k batches, a new iterator with start + k *
-    batch_size goes on exactly there.
+    batch_size resumes exactly there.
     """
     def read(index, mirrored):
         image, labels = data.load(data.train[index])
@@ -72,7 +72,7 @@ def batches(data, batch_size, seed, resized, start=0):
 def ahead(function, arguments, depth=8, threads=4):
     """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
 
-    What goes wrong in a thread is raised here, in its place.
+    An exception in a thread is raised here, when its result is due.
     """
     waiting = collections.deque()
     with ThreadPoolExecutor(threads) as pool:      # its own: threads do not live on in a fork

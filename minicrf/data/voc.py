@@ -1,7 +1,7 @@
 """PASCAL VOC 2012 and SBD as they lie on disk: lists, labels, colours (paper, Sec. 4).
 
-Nothing is trusted: whatever is missing, unreadable or inconsistent ends in one line that names the
-file, what was found and what was expected, raised as ValueError or FileNotFoundError.
+Whatever is missing, unreadable or inconsistent raises ValueError or FileNotFoundError with one line
+that names the file and says what is wrong.
 Legend: H x W pixels; labels are 0..n_classes-1, or VOID (255) for pixels that are not scored.
 """
 import collections
@@ -41,11 +41,10 @@ def class_names(root):
     for a classes.txt one or two folders too high.
     """
     path = _folder(root) / LISTS / "classes.txt"
+    for misplaced in (path.parents[1] / path.name, path.parents[2] / path.name):
+        if misplaced.exists():
+            raise ValueError(f"{misplaced}: class names are not read from here; move it to {path}")
     if not path.exists():
-        for folder in (path.parents[1], path.parents[2]):
-            if (folder / path.name).exists():
-                raise ValueError(f"{folder / path.name}: found class names where they are not "
-                                 f"read, expected them in {path}")
         return list(CLASS_NAMES)
     names = _lines(path)
     if not 2 <= len(names) <= VOID or len({*names}) < len(names):
@@ -76,7 +75,7 @@ def image_list(root, split, sbd=None, problems=None):
         val = {*_ids(lists / "val.txt", [])}
         ids = [image_id for image_id in dict.fromkeys(ids) if image_id not in val]
     if not ids:
-        found.append(f"{lists / split}.txt: found no images of its own, expected one at least")
+        found.append(f"{lists / split}.txt: no images that could be used")
     if found and problems is None:
         raise ValueError(found[0])
     return ids
@@ -103,8 +102,11 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     return image, labels.astype(np.uint8)
 
 
-def check(root, sbd=None):
-    """Every problem of a whole data set, as a list of lines; empty where all is well."""
+def check(root, sbd=None, notes=None):
+    """Every problem of a whole data set, as a list of lines; empty where all is well.
+
+    notes: a list that takes what may well be meant: the classes of which a list has no pixel.
+    """
     problems = []
 
     def attempt(function, *arguments):
@@ -113,17 +115,49 @@ def check(root, sbd=None):
         except (ValueError, OSError) as error:
             problems.append(str(error))
 
-    n_classes = len(attempt(class_names, root) or range(VOID))
+    names = attempt(class_names, root) or []
     train = attempt(image_list, root, "train", sbd, problems) or []
     val = attempt(image_list, root, "val", None, problems) or []
     problems += in_both_lists(root, train, val)
+
+    def count(image_id, sbd):
+        loaded = attempt(load, root, image_id, sbd, len(names) or VOID)
+        return count_labels([loaded[1]] if loaded else [])
+
     # validation needs VOC's own labels: SBD's have no void
-    images = [(i, sbd) for i in train] + [(i, None) for i in val]
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(lambda image: attempt(load, root, *image, n_classes), images)
-        for _ in tqdm(done, "check", len(images), unit="image", disable=None):
-            pass
+    for split, ids, source in (("training", train, sbd), ("validation", val, None)):
+        with ThreadPoolExecutor() as pool:
+            counts = pool.map(count, ids, [source] * len(ids))
+            total = sum(tqdm(counts, f"check, {split}", len(ids), unit="image", disable=None),
+                        count_labels([]))
+        if total.any():
+            where = f"{root}: the {split} list"
+            problems += one_class(where, total)
+            absent = [name for name, n in zip(names, total) if n == 0]
+            if absent and notes is not None:
+                notes.append(f"{where} has no pixel of {', '.join(absent)}")
     return sorted({*problems})
+
+
+def count_labels(pictures):
+    """The number of pixels of each value 0..255 in some label pictures, (256,)."""
+    return sum((np.bincount(labels.ravel(), minlength=256) for labels in pictures),
+               np.zeros(256, int))
+
+
+def one_class(where, counts):
+    """A line on labels from which nothing can be learned, as all are of one class or void.
+
+    where: what the line begins with.  counts: as of `count_labels`.  Empty where all is well.
+    """
+    present = np.flatnonzero(counts[:VOID]).tolist()
+    if len(present) > 1:
+        return []
+    if present == [0] and counts[VOID]:
+        return [f"{where}: labels are 0 and 255 alone, but 255 is void, neither learned nor "
+                "scored; save the masks of two classes as 0 and 1"]
+    return [f"{where}: all labels are {present[0] if present else 'void'}, and nothing can be "
+            "learned from one class"]
 
 
 def in_both_lists(root, train, val):
@@ -156,8 +190,8 @@ def _folder(root):
                  if (root / name / "JPEGImages").is_dir()]
         hint = f"; did you mean {below[0]}?" if below else ""
         raise FileNotFoundError(
-            f"{root}: found no folder {' and no '.join(missing)}, expected a VOC folder with "
-            f"JPEGImages, SegmentationClass and {LISTS}{hint}")
+            f"{root}: found no folder {' and no '.join(missing)}; a VOC folder has JPEGImages, "
+            f"SegmentationClass and {LISTS}{hint}")
     return root
 
 
@@ -167,34 +201,33 @@ def _sbd_folder(sbd):
     for folder in (sbd / "dataset" / "cls", sbd / "cls", sbd / "SegmentationClassAug", sbd):
         if folder.is_dir() and (folder.name == "cls" or any(folder.glob("[!.]*.png"))):
             return folder
-    raise FileNotFoundError(f"{sbd}: found no such folder, or no label PNGs in it, expected SBD's "
-                            "dataset folder (cls, img, train.txt, val.txt) or SegmentationClassAug")
+    raise FileNotFoundError(f"{sbd}: neither SBD's dataset folder (cls, img, train.txt, val.txt) "
+                            "nor SegmentationClassAug with label PNGs")
 
 
 def _lines(path):
     """The lines of a text file, stripped, none empty; any line endings, with or without BOM."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: found no such file, expected a list, one name a "
-                                "line") from None
+        raise FileNotFoundError(f"{path}: no such list; it holds one name a line") from None
     except (UnicodeDecodeError, IsADirectoryError):
-        lines = []
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: found an empty list, or no UTF-8 text, expected one name a line")
+        raise ValueError(f"{path}: empty, or no UTF-8 text; a list holds one name a line")
     return lines
 
 
 def _ids(path, problems):
     """The ids in an image list, each once; what else is in it goes to `problems`, as lines."""
     counts = collections.Counter(_lines(path))
-    problems += [f"{path}: found {name[:100]!r} {count} times, expected each image once"
+    problems += [f"{path}: {name[:100]!r} is listed {count} times"
                  for name, count in counts.items() if count > 1]
     # an id is a bare file name: no folder, no drive, no '..', nothing hidden
     odd = {name for name in counts if not re.fullmatch(r"\w[\w .+()-]{0,99}", name)}
-    problems += [f"{path}: found {name[:100]!r}, expected an image id such as 2007_000032, "
-                 "without folder" for name in odd]
+    problems += [f"{path}: {name[:100]!r} is no image id; one is such as 2007_000032, without "
+                 "folder or ending" for name in odd]
     return [name for name in counts if name not in odd]
 
 
@@ -207,34 +240,40 @@ def _paths(root, image_id, sbd):
         folder = _sbd_folder(sbd)
         images.append(folder.parent / "img" / f"{image_id}.jpg")
         labels.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
-    for kind, places in (("image", images), ("labels", labels)):
-        try:
-            yield next(filter(os.path.exists, places))
-        except StopIteration:
-            raise FileNotFoundError(f"{' and '.join(map(str, places))}: found no such file, "
-                                    f"expected the {kind} of image id {image_id}") from None
+    return _first("image", images), _first("labels", labels)
+
+
+def _first(kind, paths):
+    """The first of some files that is there."""
+    for path in paths:
+        if os.path.exists(path):             # False, too, for names too long for a file
+            return path
+    raise FileNotFoundError(f"{' and '.join(map(str, paths))}: no such file for the {kind}")
 
 
 def _read_png(path):
     """Labels (H, W) from a PNG whose pixel values, not colours, are the labels."""
     picture = open_picture(path, "label picture", ("PNG",))
+    if picture.mode in ("RGB", "RGBA"):
+        raise ValueError(
+            f"{path}: an RGB picture, but labels are the values of a palette PNG or a grey one; "
+            "VOC's colours become labels by Image.open(path).convert('RGB').quantize("
+            "palette=voc.paint(np.zeros((1, 1), np.uint8)), dither=0)")
     with open(path, "rb") as file:
         depth, colour = file.read(26)[24:]         # of PNG's header: 0 is grey, 3 a palette
     if colour != 3 and (depth, colour) != (8, 0):  # Pillow stretches grey of fewer bits
-        raise ValueError(f"{path}: found {depth} bits a pixel (mode {picture.mode}), expected "
-                         "labels as the values of a palette PNG or a grey one of 8 bits, not as "
-                         "colours")
+        raise ValueError(f"{path}: {depth} bits a pixel (mode {picture.mode}), but labels are the "
+                         "values of a palette PNG or of a grey one of 8 bits")
     return np.array(picture)
 
 
 def _read_mat(path):
     """Labels (H, W) from one of SBD's .mat files: GTcls.Segmentation."""
-    content = read_mat(path)
     try:
-        labels = content["GTcls"]["Segmentation"][0]
-    except (KeyError, TypeError, IndexError):
+        labels = read_mat(path)["GTcls"]["Segmentation"][0, 0]
+    except (KeyError, IndexError):
         labels = None
     if not (isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.dtype.kind in "ui"):
-        raise ValueError(f"{path}: found no GTcls.Segmentation of integers, height x width, "
-                         "expected labels in SBD's layout")
+        raise ValueError(f"{path}: no GTcls.Segmentation of integers, height x width, as SBD's "
+                         "files have")
     return labels

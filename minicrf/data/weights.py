@@ -19,7 +19,7 @@ def read_weights(path):
     """Weights from a .npz, .mat (MatConvNet) or .safetensors (torchvision's layout) file.
 
     Returns a dict of float arrays in the convention above, `mean` among them.  Raises ValueError
-    or OSError with one line that names the file, what was found and what was expected.
+    or OSError with one line that names the file.
     """
     with open(path, "rb") as file:
         start = file.read(16)
@@ -30,11 +30,11 @@ def read_weights(path):
     elif start[8:9] == b"{":
         weights = read_torchvision(path)
     else:
-        raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors content")
+        raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors")
     weights.setdefault("mean", np.array(MEAN))
     weights.setdefault("scale", np.array(1.0))
     if "conv1_1_w" not in weights:
-        raise ValueError(f"{path}: found no conv1_1_w, expected the layers of a 16-layer VGG net")
+        raise ValueError(f"{path}: no conv1_1_w in it, so not the weights of a 16-layer VGG net")
     check_numbers(path, {key: array for key, array in weights.items()
                          if key in ("mean", "scale") or key[-2:] in ("_w", "_b")})
     return weights
@@ -60,17 +60,19 @@ def read_torchvision(path):
                for name, layer in zip(NAMES + FULLY_CONNECTED, layers)
                for ours, theirs in (("w", "weight"), ("b", "bias"))
                if f"{layer}.{theirs}" in tensors}
-    for key, taps in (("fc6_w", 7), ("fc7_w", 1)):                       # matrices -> kernels
-        w = weights.get(key, np.empty(0))
-        if w.ndim == 2 and w.shape[1] % taps ** 2 == 0:
-            weights[key] = w.reshape(len(w), w.shape[1] // taps ** 2, taps, taps)
-    if "conv1_1_w" in weights and weights["conv1_1_w"].shape[1:] == (3, 3, 3):
-        # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean stays
-        # outside: folded into the bias, it would be wrong where the border is padded with zeros.
-        std = np.array([0.229, 0.224, 0.225])                            # RGB
-        w = weights["conv1_1_w"] / (255 * std)[:, None, None]
-        weights["conv1_1_w"] = w[:, ::-1]                                # RGB -> BGR
     weights["mean"] = 255 * np.array([0.485, 0.456, 0.406])[::-1]
+    try:
+        for key, taps in (("fc6_w", 7), ("fc7_w", 1)):                   # matrices -> kernels
+            if key in weights:
+                weights[key] = weights[key].reshape(len(weights[key]), -1, taps, taps)
+        key = "conv1_1_w"
+        if key in weights:
+            # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean
+            # stays outside: folded into the bias, it would be wrong where zeros pad the border.
+            std = np.array([0.229, 0.224, 0.225])                        # RGB
+            weights[key] = (weights[key] / (255 * std)[:, None, None])[:, ::-1]      # -> BGR
+    except (ValueError, IndexError):
+        raise ValueError(f"{path}: {key}: shape {weights[key].shape} is not VGG-16's") from None
     return weights
 
 
@@ -87,26 +89,31 @@ def read_safetensors(path):
                 begin, end = entry["data_offsets"]
                 raw = content[start:][begin:end].tobytes()
                 tensors[name] = np.frombuffer(raw, types[entry["dtype"]]).reshape(entry["shape"])
-    except Exception as error:      # a header may lie in a dozen ways
+    except Exception as error:      # a broken header raises a dozen kinds
         raise ValueError(f"{path}: not a readable .safetensors file: {reason(error)}") from None
     return tensors
 
 
 def read_matconvnet(path):
-    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB."""
+    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB.
+
+    Since 2015 layers have a cell array `weights`, before they had `filters` and `biases`.
+    """
     content = read_mat(path)
     try:
         weights = {}
-        for layer in content["layers"]:
-            [name] = layer["name"]
+        for layer in content["layers"][0]:                               # (1, 1) structs
+            [name] = layer["name"][0, 0]
             if name in NAMES + FULLY_CONNECTED:
-                old = "weights" not in layer                             # of before 2015
-                w, b = layer["filters"] + layer["biases"] if old else layer["weights"][0][:2]
+                if "weights" in layer.dtype.names:
+                    w, b = layer["weights"][0, 0][0, :2]
+                else:
+                    w, b = layer["filters"][0, 0], layer["biases"][0, 0]
                 weights[f"{name}_w"] = w.transpose(3, 2, 0, 1)
                 weights[f"{name}_b"] = b.ravel()
-        meta = content.get("meta", {"normalization": [content.get("normalization")]})
-        mean = np.asarray(meta["normalization"][0]["averageImage"][0], dtype=np.float64)
-        weights["mean"] = mean.reshape(-1, 3).sum(axis=0)[::-1] * (3 / mean.size)    # RGB -> BGR
+        meta = content["meta"][0, 0] if "meta" in content else content
+        mean = meta["normalization"]["averageImage"][0, 0].astype(np.float64)        # (.., .., 3)
+        weights["mean"] = mean.reshape(-1, 3).mean(axis=0)[::-1]         # RGB -> BGR
         if "conv1_1_w" in weights:
             weights["conv1_1_w"] = weights["conv1_1_w"][:, ::-1]
         return weights
@@ -123,28 +130,31 @@ def fill(net, weights, path):
     `largefov` takes the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab
     did.  Raises ValueError before anything is copied.
     """
-    # a layer without its w or its b counts as missing, named once
     missing = list(dict.fromkeys(key[:-2] for key in net.params if key not in weights))
     convolutions = [name for name in missing if name.startswith("conv")]
     if convolutions:
-        raise ValueError(f"{path}: found no {', '.join(convolutions)}, expected all convolutions "
-                         "of a 16-layer VGG net")
+        raise ValueError(f"{path}: {', '.join(convolutions)} missing, but all convolutions of a "
+                         "16-layer VGG net are needed")
     chosen = {key: weights[key] for key in net.params if key[:-2] not in missing}
     for key, values in chosen.items():
+        shape = net.params[key].shape
         if net.preset == "largefov" and key[:-2] in FULLY_CONNECTED:
-            chosen[key] = values = subsample(values, net.params[key].shape)
-        if values.shape != net.params[key].shape:
-            raise ValueError(f"{path}: {key}: found shape {values.shape}, expected "
-                             f"{net.params[key].shape} for --net {net.preset}")
+            chosen[key] = values = subsample(values, shape)
+        if values.shape != shape:
+            raise ValueError(f"{path}: {key}: shape {values.shape} does not fit --net "
+                             f"{net.preset}, which has {shape}")
     for key, values in chosen.items():
         net.params[key][...] = values
     return missing
 
 
 def subsample(values, shape):
-    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for; both ends
-    of a kernel are kept.  Returned unchanged where the shape is no larger one in each direction."""
-    if len(values.shape) != len(shape) or any(a < b for a, b in zip(values.shape, shape)):
+    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for.
+
+    Both ends of a kernel are kept.  An array that is not larger in each direction is returned as
+    it is.
+    """
+    if values.ndim != len(shape) or any(a < b for a, b in zip(values.shape, shape)):
         return values
     for axis, (a, b) in enumerate(zip(values.shape, shape)):
         taps = np.arange(b) * (a // b) if axis < 2 else np.linspace(0, a - 1, b).astype(int)

@@ -49,10 +49,10 @@ WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
 
 
 def run_program(name, function, *arguments, too_little=None):
-    """function(*arguments), which returns an exit code; returns that.
+    """Run function(*arguments), which returns an exit code, and return that.
 
-    What a user did wrong ends in one line on stderr and code 2, Ctrl-C and SIGTERM in code 130.
-    too_little: what to say where memory runs out.
+    A user's mistake ends in one line on stderr and code 2, Ctrl-C and SIGTERM in code 130.
+    too_little: what to say when memory runs out.
     """
     for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)   # logs tell at once
@@ -96,10 +96,10 @@ def undisturbed():
 
 @contextlib.contextmanager
 def locked(folder):
-    """While this context lasts, no other run gets the output folder; made where there is none.
+    """Keep other runs out of the output folder, which is made if need be, while the block runs.
 
-    However this one ends, the system lets the folder go.  Clears what killed runs were writing.
-    Raises OSError where another run has it, or nothing can be written into it.
+    The lock ends with the process, however that ends.  What killed runs were writing is removed.
+    Raises OSError if another run is at work there, or nothing can be written into the folder.
     """
     try:
         os.makedirs(folder, exist_ok=True)

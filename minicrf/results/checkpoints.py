@@ -1,4 +1,4 @@
-"""Checkpoints: single .npz files with parameters, momentum and what a run needs to go on.
+"""Checkpoints: single .npz files with parameters, momentum and what a run needs to resume.
 
 Keys: the network's own (`conv1_1_w` ... `fc8_b`, `mean`), `crf_w`, `crf_log_sigma_...`, momentum as
 `velocity_KEY`, and `info`, a JSON text.  Written beside and renamed; read without pickle.
@@ -12,18 +12,16 @@ from .. import __version__, vgg
 from ..arrays import array_module, to_host
 from ..data import weights
 from ..densecrf import DenseCRF
-from ..saving import replacing
 from ..localcrf import LocalCRF
 from ..meanfield import LARGEST_LOG_SIGMA
+from ..saving import read_npz, replacing
 from ..training import STAGES, Model
-
-INFO = {"version": str, "preset": str, "stage": str, "iteration": int, "classes": list}
 
 
 def save(path, model, info, optimiser=None):
-    """Write everything a run needs to go on into one file.
+    """Write everything a run needs to resume into one file.
 
-    info: dict that JSON can hold (class names, seed, iteration ...); version and preset are added.
+    info: a dict for JSON (class names, seed, iteration ...); version and preset are added.
     Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
     """
     arrays = {key: to_host(p) for key, p in model.net.params.items()}
@@ -40,23 +38,21 @@ def save(path, model, info, optimiser=None):
 
 def read(path):
     """(arrays, info) of a checkpoint.  Raises ValueError or OSError with one line."""
-    arrays = weights.read_npz(path)
+    arrays = read_npz(path)
     try:
         info = json.loads(str(arrays.pop("info")))
-        classes = info["classes"]
-        sound = (all(isinstance(info[key], kind) for key, kind in INFO.items())
-                 and info["preset"] in vgg.PRESETS
+        sound = (info["preset"] in vgg.PRESETS and info["stage"] in STAGES
                  and {"mean", "scale"} <= arrays.keys() and info["iteration"] >= 0
-                 and 2 <= len(classes) <= 255 and all(isinstance(name, str) for name in classes)
-                 and arrays["fc8_b"].shape == (len(classes),) and info["stage"] in STAGES
+                 and arrays["fc8_b"].shape == (len(info["classes"]),)
                  and ("crf_w" in arrays) == (info["stage"] != "unary"))
-    except (KeyError, ValueError, TypeError, RecursionError):
+        version = info["version"].split(".")[0]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{path}: found no training state, expected a checkpoint of this "
-                         "project (for bare ImageNet weights use --stage unary)")
-    if info["version"].split(".")[0] != __version__.split(".")[0]:
-        raise ValueError(f"{path}: found version {info['version']}, expected {__version__}")
+        raise ValueError(f"{path}: found no training state, so not a checkpoint of this project; "
+                         "--stage unary takes bare ImageNet weights")
+    if version != __version__.split(".")[0]:
+        raise ValueError(f"{path}: found version {info['version']}, but this is {__version__}")
     weights.check_numbers(path, arrays)
     return arrays, info
 
@@ -73,7 +69,7 @@ def load_model(path, classes=None, device="cpu"):
                          f"({', '.join(info['classes'][:3])} ...), expected the data set's "
                          f"{len(classes)} ({', '.join(classes[:3])} ...)")
     net = vgg.build(info["preset"], len(info["classes"]))
-    copy(path, arrays, net.params)
+    restore(path, arrays, net.params)
     vgg.move(net, device)
     return Model(net, arrays["mean"], load_crf(path, arrays, info), device,
                  arrays["scale"]), arrays, info
@@ -90,7 +86,7 @@ def load_crf(path, arrays, info):
     matrices = arrays["crf_w"].ndim == 3
     crf = (LocalCRF(L) if info["stage"] == "local" else
            DenseCRF(L, w=np.zeros((2, L, L)) if matrices else (0, 0)))
-    copy(path, arrays, crf.params, "crf_")
+    restore(path, arrays, crf.params, "crf_")
     for key, p in crf.params.items():
         largest = 1e6 if key == "w" else LARGEST_LOG_SIGMA
         if abs(p).max() > largest:
@@ -99,7 +95,7 @@ def load_crf(path, arrays, info):
     return crf
 
 
-def copy(path, arrays, params, prefix=""):
+def restore(path, arrays, params, prefix=""):
     """Fill params from arrays; ValueError where one is missing or has another shape."""
     for key, p in params.items():
         values = arrays.get(prefix + key)
@@ -110,13 +106,14 @@ def copy(path, arrays, params, prefix=""):
 
 
 def resume(path, classes, device, settings):
-    """(Model, arrays, info) of the checkpoint in which a run stopped that is to go on.
+    """(Model, arrays, info) of the checkpoint from which a run resumes.
 
-    settings: dict; what it shares with those of the checkpoint must be equal, and its stage.
+    settings: the run's, as a dict; those that the checkpoint has as well must be equal, and its
+    stage.
     """
     model, arrays, info = load_model(path, classes, device)
     if not isinstance(info.get("settings"), dict) or not isinstance(info.get("fresh"), list):
-        raise ValueError(f"{path}: found no settings of a run, expected what a training run left")
+        raise ValueError(f"{path}: found no settings of a run to resume")
     found = {"stage": info["stage"], **info["settings"]}
     for name, value in settings.items():
         if name in found and found[name] != value:

@@ -1,12 +1,12 @@
 """Intersection over union, VOC's measure of segmentation (paper, Sec. 4.2 and Table 1).
 
 One confusion matrix summed over a whole list of images, not an average over images.  Classes absent
-from the truth have no IoU (NaN) and are left out of means.  Legend: H x W pixels, L labels.
+from the truth have no IoU (NaN) and are left out of means.  Arrays are NumPy's.
+Legend: H x W pixels, L labels.
 """
 import numpy as np
 import scipy.ndimage
 
-from ..arrays import array_module, to_host
 from ..inputs import VOID
 
 BAND = 5        # pixels on either side of a class boundary, where a CRF has most to do
@@ -18,22 +18,20 @@ def confusion_matrix(labels, predictions, n_classes):
     labels: 0..n_classes-1, or VOID; predictions: 0..n_classes-1; integers, of equal, any shape.
     Raises ValueError for unequal shapes and for labels out of range.
     """
-    xp = array_module(labels)
     if labels.shape != predictions.shape:
         raise ValueError(f"predictions: found shape {predictions.shape}, expected {labels.shape}")
     scored = labels != VOID
     truth, predicted = labels[scored].astype(np.int64), predictions[scored].astype(np.int64)
     for name, values in (("labels", truth), ("predictions", predicted)):
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < n_classes:
-            raise ValueError(f"{name}: found {int(values.min())} to {int(values.max())}, "
+        if values.size and not 0 <= values.min() <= values.max() < n_classes:
+            raise ValueError(f"{name}: found {values.min()} to {values.max()}, "
                              f"expected 0 to {n_classes - 1}")
-    counts = xp.bincount(truth * n_classes + predicted, minlength=n_classes ** 2)
+    counts = np.bincount(truth * n_classes + predicted, minlength=n_classes ** 2)
     return counts.reshape(n_classes, n_classes).astype(np.int64)         # (L, L)
 
 
 def iou(confusion):
     """IoU of each class in percent, (..., L, L) -> (..., L); NaN for classes without truth."""
-    confusion = to_host(confusion)
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     truth, predicted = confusion.sum(-1), confusion.sum(-2)
     return np.where(truth > 0, 100 * hits / np.maximum(truth + predicted - hits, 1), np.nan)
@@ -62,7 +60,7 @@ def boundary_band(labels, width):
 
 
 def bootstrap_difference(a, b, samples=2000, seed=0):
-    """How sure a difference of two mean IoUs is: paired bootstrap over images.
+    """How certain a difference of two mean IoUs is: paired bootstrap over images.
 
     a, b: (images, L, L) confusion matrices of the same images under two methods.  Images are drawn
     with replacement, the same for both.  Returns (difference, (low, high), share): mean IoU of a
@@ -70,7 +68,7 @@ def bootstrap_difference(a, b, samples=2000, seed=0):
     differences; the share of samples in which a is better.
     Raises ValueError for unequal or empty input.
     """
-    a, b = to_host(a), to_host(b)
+    a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 3 or not len(a):
         raise ValueError(f"a, b: found shapes {a.shape} and {b.shape}, "
                          "expected equal ones, (images, L, L)")

@@ -8,8 +8,7 @@ import os
 
 import numpy as np
 
-from ..data import weights
-from ..saving import replacing
+from ..saving import read_npz, replacing
 from ..training import STAGES
 from . import checkpoints, figures, logs, metrics
 from .evaluation import evaluate
@@ -150,7 +149,7 @@ def _path(out, stage):
 def _read(out, stage):
     """The arrays of STAGE_val.npz; {} where there is none, or one of an earlier version."""
     path = _path(out, stage)
-    read = weights.read_npz(path) if os.path.exists(path) else {}
+    read = read_npz(path) if os.path.exists(path) else {}
     return read if {"ids", "classes", "unary"} <= read.keys() else {}
 
 
