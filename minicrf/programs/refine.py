@@ -88,13 +88,16 @@ def check_size(path, found, size):
                          "photograph's, turned as its orientation tag says")
 
 
-def open_array(path):
+def open_array(path, size):
     """The array (H, W, L) in an .npy file, read when it is used; (H, W) has one channel."""
     try:
         values = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:      # NumPy raises half a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npy file ({reason(error)})") from None
     values = values[:, :, None] if values.ndim == 2 else values
+    if values.shape[1:] == size:
+        raise ValueError(f"{path}: found the labels in front, (L, H, W), as PyTorch has them; "
+                         "np.moveaxis(x, 0, -1) puts them last")
     if values.ndim != 3 or values.dtype.kind not in "fiu" or not 1 <= values.shape[2] <= MAX_LABELS:
         raise ValueError(f"{path}: found shape {values.shape} of {values.dtype}, expected "
                          f"(H, W, L) of real numbers, L at most {MAX_LABELS}")
@@ -191,7 +194,7 @@ def read_scores(args, size):
         if args.confidence is not None or args.unknown is not None:
             raise ValueError(f"{path}: --confidence and --unknown are for label pictures, not for "
                              "arrays or probabilities")
-        values = open_array(path) if is_array else open_mask(path)
+        values = open_array(path, size) if is_array else open_mask(path)
         scores = scores_of(path, values, size, args.probabilities)
         paint = voc.paint if is_array else lambda labels: Image.fromarray(labels * np.uint8(255))
         return scores, scores.argmax(axis=2), [], paint
