@@ -181,7 +181,7 @@ BAD = {
     "photo.png first.npy": r"first.npy: found the labels in front, \(L, H, W\)",
     "photo.png nan.npy": "nan.npy: found values from nan",
     "photo.png above_one.npy --probabilities": "above_one.npy: found values from .*, expected prob",
-    "photo.png text.png": "text.png: found a file that cannot be read .* expected a picture or .npy",
+    "photo.png text.png": "text.png: found a file that cannot be read .*a picture or .npy",
     "photo.png low.png": r"low.png: found height and width \(11, 20\), expected \(12, 20\)",
     "photo.png deep.png": r"deep.png: found a picture of mode I(;16)?, expected",
     "photo.png noise.png": "noise.png: found [0-9]+ colours besides unknown, expected 2 to 255",
