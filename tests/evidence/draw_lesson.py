@@ -1,8 +1,7 @@
 """Draws the lesson's pictures, from a drawn image and made-up scores: no network is trained.
 
-    python tests/evidence/draw_lesson.py [FOLDER]     writes pipeline.png, marginals.png, lattice.png,
-                                             holes.png, and gain.png from the tables in RESULTS.md
-                                             (default: into .github)
+    python tests/evidence/draw_lesson.py [FOLDER]    writes pipeline.png, marginals.png, lattice.png,
+        holes.png, weak.png, and gain.png from the tables in RESULTS.md (default: into .github)
 Legend: H x W pixels, h x w cells, L labels; colours mix in proportion to marginals.
 """
 import itertools
@@ -13,6 +12,7 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw
 from PIL.ImageFont import load_default as font
+from scipy import ndimage
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -82,9 +82,12 @@ class Canvas:
         small.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def example():
-    """A drawn image and what a CRF makes of coarse, noisy scores for it; a dict of arrays."""
-    rng = np.random.default_rng(2)
+def example(lines=False, seed=2):
+    """A drawn image and what a CRF makes of coarse, noisy scores for it; a dict of arrays.
+
+    lines: compare it with one line in each region, not with all of the truth.
+    """
+    rng = np.random.default_rng(seed)
     image, y = toy.picture(rng, 96, 128)                                 # (H, W, 3), (H, W)
     truth = np.eye(6)[np.where(y == VOID, 0, y)]                         # (H, W, L)
     cells = truth.reshape(12, 8, 16, 8, 6).mean(axis=(1, 3))             # (h, w, L), 8 pixels each
@@ -95,6 +98,7 @@ def example():
     for T in range(6):
         crf = DenseCRF(6, w=(1, 4), iterations=T)        # where training starts
         q.append(crf.forward(f, image))
+    y = scribbles(y) if lines else y
     dz = softmax_loss(crf.logits.reshape(-1, 6), y.ravel())[1].reshape(f.shape)  # (N, L) -> f's
     one = np.zeros_like(dz)                              # the loss of a single pixel
     one[PIXEL] = dz[PIXEL]
@@ -105,6 +109,20 @@ def example():
                (("dscores", dscores), ("df", df), ("dz", dz), ("df_one", df_one))}
     return dict(lengths, image=image, truth=truth, q=q, scores=plain.softmax(scores),
                 f=plain.softmax(f))
+
+
+def scribbles(y):
+    """Labels (H, W) of which one line in each region is left: its longest row, less its ends."""
+    lines = np.full_like(y, VOID)
+    for label in np.unique(y[y != VOID]):
+        regions, n = ndimage.label(y == label)
+        for region in range(1, n + 1):
+            rows, _ = ndimage.label(regions == region, [[0, 0, 0], [1, 1, 1], [0, 0, 0]])
+            longest = np.bincount(rows[rows > 0]).argmax()
+            row, columns = np.nonzero(rows == longest)
+            inside = slice(len(row) // 6, len(row) - len(row) // 6)
+            lines[row[inside], columns[inside]] = label
+    return lines
 
 
 def heat(values, largest):
@@ -176,6 +194,26 @@ def marginals(path, e):
             row, column = (v * height / len(dz) for v in PIXEL)
             canvas.disc(x + column, y + row, 6, None, BLUE, 2)
             canvas.disc(x + column, y + row, 2, ORANGE)
+    canvas.save(path)
+
+
+def weak(path):
+    """Labels on a line in each region: the gradient at z^5 there, and the one that reaches f."""
+    e = example(lines=True)
+    canvas, width, gap, y = Canvas(174), 184, 10, 30
+    dz, df = e["dz"], e["df"]
+    largest = np.quantile(df, 0.99)
+    lines = (e["truth"] < 255).any(axis=-1)                              # (H, W)
+    thick = ndimage.binary_dilation(lines, iterations=1)[..., None]      # to be seen
+    nearest = ndimage.distance_transform_edt(~lines, return_indices=True)[1]
+    drawn = np.where(thick, 0.75 * e["truth"][tuple(nearest)], 255)
+    for number, (picture, words) in enumerate((
+            (e["image"], "image"), (drawn, "scribbles (white: void)"),
+            (heat(dz, largest), "dz^5"), (heat(df, largest), "df"),
+            (e["q"][-1] @ COLOURS, "q^5"))):
+        x = number * (width + gap)
+        canvas.paste(picture, x, y, width)
+        canvas.text(x + width / 2, y - 14, words)
     canvas.save(path)
 
 
@@ -321,7 +359,7 @@ def gain(path):
 
 def main(folder):
     e = example()
-    for draw, *what in ((pipeline, e), (marginals, e), (lattice,), (holes,), (gain,)):
+    for draw, *what in ((pipeline, e), (marginals, e), (lattice,), (holes,), (weak,), (gain,)):
         draw(folder / f"{draw.__name__}.png", *what)
 
 
