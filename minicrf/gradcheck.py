@@ -142,6 +142,7 @@ def check_crf():
 
     for name, w, options in (("exact", (1., 2.), dict(exact=True)), ("lattice", (1., 2.), {}),
                              ("unnormalised", (.2, .4), dict(exact=True, normalization="none")),
+                             ("with i = j", (1., 2.), dict(exact=True, exclude_self=False)),
                              ("matrices", (A, 2 * A), dict(exact=True)),
                              ("damped", (A, 2 * A), dict(exact=True, damping=1.5))):
         crf = DenseCRF(L, w=w, sigma_position=(1.5, 2.),
@@ -235,7 +236,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m minicrf.gradcheck", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Check every layer, loss and CRF parameter against finite differences, in "
-                    f"float64.\nRows pass under {TOLERANCE:g}; exit code 1 where one fails.",
+                    f"float64, on the CPU.\nRows pass under {TOLERANCE:g}; exit code 1 where one "
+                    "fails.",
         epilog="names for --break, and what each changes:\n"
                + "\n".join(f"  {name:28}{change}" for name, change in changes.items()))
     parser.add_argument("--break", dest="bug", choices=changes, metavar="NAME",

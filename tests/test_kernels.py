@@ -1,9 +1,9 @@
-"""GaussianKernel against dense matrices, and the moment form against finite differences."""
+"""GaussianKernel against dense matrices; finite differences of it are in gradcheck."""
 import numpy as np
 import pytest
+from reference import dense
 
 from minicrf import kernels
-from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.kernels import ExactFilter, GaussianKernel
 
 N, L, D = 12, 3, 3
@@ -17,16 +17,6 @@ def random(*shape, seed):
 
 
 FEATURES, A, B = random(N, D, seed=0), random(N, L, seed=1), random(N, L, seed=2)
-
-
-def dense(features, sigma, normalization, exclude_self):
-    """A kernel of Eq. 9 as an (N, N) matrix, straight from the formulas; features (N, d)."""
-    F = features / sigma
-    K = np.exp(-((F[:, None] - F) ** 2).sum(axis=2) / 2)
-    n = K.sum(axis=1)
-    if exclude_self:
-        K -= np.eye(len(F))
-    return K / np.sqrt(n[:, None] * n) if normalization == "symmetric" else K
 
 
 @pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
@@ -62,19 +52,6 @@ def test_steps_one_by_one_give_what_they_give_side_by_side():
         together = kernel.backward([np.hstack(A_t)], [K_A], [np.hstack(B_t)], W)
         for a, b in zip(together, apart):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("normalization, exclude_self", OPTIONS)
-def test_shape_gradient_of_the_exact_kernel(normalization, exclude_self):
-    log_sigma = np.log(SIGMA)
-
-    def product(_):
-        K = dense(FEATURES, np.exp(log_sigma), normalization, exclude_self)
-        return (A * (K @ B)).sum()
-
-    kernel = GaussianKernel(FEATURES, SIGMA, normalization, exclude_self, exact=True)
-    numerical = numerical_gradient(product, log_sigma)
-    assert relative_error(shape_gradient(kernel, A, B), numerical) < 1e-6
 
 
 def test_shape_gradient_in_float32_bears_features_far_from_zero():
@@ -128,12 +105,6 @@ def test_exact_filter_scaled_is_what_it_says():
 def test_rows_of_a_filter_are_computed_when_they_are_read(exact):
     message = GaussianKernel(FEATURES, SIGMA, exact=exact).filter(B)
     np.testing.assert_allclose(message[slice(3, 8)], message[:][3:8], atol=1e-15)
-
-
-def test_exact_filter_slices_rows():
-    exact = ExactFilter(FEATURES)
-    v = exact.blur(exact.splat(B))
-    np.testing.assert_allclose(exact.slice(v, slice(3, 8)), exact.filter(B)[3:8])
 
 
 @pytest.mark.parametrize("exact", [True, False])

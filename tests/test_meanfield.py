@@ -3,8 +3,7 @@ import copy
 
 import numpy as np
 import pytest
-from scipy.special import wrightomega, xlogy
-from test_kernels import dense
+from reference import as_matrices, dense, free_energy, mean_field
 
 from minicrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
@@ -18,41 +17,6 @@ MATRICES = POTTS[:, None, None] * S                              # (M, L, L)
 NARROW = ([1.5, 2., 1.2], [3., 4., 2., 60., 80.])                # widths of x, y, z; and colours
 
 
-# The reference: dense matrices, no more than Eq. 5 says.
-
-def damped_marginals(z, c):
-    """q (N, L) of log q + c q = z - lambda, sum_l q = 1: lambda by halving an interval."""
-    if c == 0:
-        return softmax(z)
-    low = z.max(axis=1, keepdims=True) - c                       # here some q = 1 or more
-    high = low + c + np.log(z.shape[1])                          # here all q <= 1 / L
-    for _ in range(100):
-        middle = (low + high) / 2
-        q = wrightomega(z - middle + np.log(c)) / c              # v + log v = x, v = c q
-        too_much = q.sum(axis=1, keepdims=True) > 1
-        low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
-    return q
-
-
-def mean_field(f, K, W, T=5, c=0.):
-    """q^0 .. q^T of scores (N, L), kernels (M, N, N) and compatibilities (M, L, L)."""
-    q = [softmax(f)]
-    for _ in range(T):
-        z = f + sum(K_m @ q[-1] @ W_m for K_m, W_m in zip(K, W)) + c * q[-1]
-        q.append(damped_marginals(z, c))
-    return q
-
-
-def free_energy(q, f, K, W):
-    """KL(q || p) less log Z; W (M, L, L)."""
-    return (xlogy(q, q) - q * f).sum() - sum((q * (K_m @ q @ W_m)).sum()
-                                             for K_m, W_m in zip(K, W)) / 2
-
-
-def as_matrices(w, n_labels=L):
-    return w[:, None, None] * np.eye(n_labels) if w.ndim == 1 else w     # (M, L, L)
-
-
 def example(shape=(4, 5), seed=0):
     """Scores (*S, L), an image (*S, 2), three features of own kinds, labels (N,), one void."""
     rng = np.random.default_rng(seed)
@@ -63,8 +27,8 @@ def example(shape=(4, 5), seed=0):
 
 
 def image_crf(D, w, **options):
-    return DenseCRF(L, w=w, sigma_position=NARROW[0][:D], sigma_bilateral=NARROW[1][:D] + [60., 80.],
-                    dimensions=D, **options)
+    return DenseCRF(L, w=w, sigma_position=NARROW[0][:D], dimensions=D,
+                    sigma_bilateral=NARROW[1][:D] + [60., 80.], **options)
 
 
 def feature_crf(w, **options):
@@ -82,62 +46,34 @@ def test_mean_field_is_equation_5_in_dense_matrices(w, damping, normalization, e
     q, f = crf.forward(scores, features), scores.reshape(-1, L)
     K = [dense(F.reshape(len(f), -1), np.exp(crf.params[f"log_sigma_{m}"]), *options.values())
          for m, F in enumerate(features)]
-    expected = mean_field(f, K, as_matrices(w), crf.iterations, damping)
+    expected = mean_field(f, K, as_matrices(w, L), crf.iterations, damping)
     for found, step in zip([*crf.state.steps, q.reshape(f.shape)], expected, strict=True):
         np.testing.assert_allclose(found, step, atol=1e-11)
     np.testing.assert_allclose(softmax(crf.logits), q, atol=1e-12)
     crf.exclude_self = True                                              # j != i, always
     K = [kernel - np.diag(np.diag(kernel)) for kernel in K]
     np.testing.assert_allclose(crf.free_energy(q, scores, features),
-                               free_energy(expected[-1], f, K, as_matrices(w)))
+                               free_energy(expected[-1], f, K, as_matrices(w, L)))
 
 
-# Gradients
+# Gradients: those of an image's two kernels are in gradcheck
 
-def check_gradients(crf, scores, features, labels, names):
-    """Of Eq. 6 to the scores and to parameters, and of any function of the marginals."""
-    def loss(_=None):
+@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
+@pytest.mark.parametrize("damping", [0, 1.5])
+def test_exact_gradients_of_three_kernels_of_own_features(w, damping):
+    scores, _, features, labels = example((12,))
+    crf = feature_crf(w, damping=damping, exact=True)
+
+    def loss_and_dz():
         crf.forward(scores, features)
-        return softmax_loss(crf.logits.reshape(-1, L), labels)
+        return softmax_loss(crf.logits, labels)
 
-    found = {"scores": crf.backward_logits(loss()[1]), **copy.deepcopy(crf.grads)}
-    for name, x in {"scores": scores, **{name: crf.params[name] for name in names}}.items():
-        expected = numerical_gradient(lambda _: loss()[0], x)
-        if x.ndim == 3 and name == "w":                          # the symmetric part
+    found = {"scores": crf.backward_logits(loss_and_dz()[1]), **crf.grads}
+    for name, x in {"scores": scores, **crf.params}.items():
+        expected = numerical_gradient(lambda _: loss_and_dz()[0], x)
+        if x.ndim == 3:                                          # the symmetric part
             expected = (expected + expected.swapaxes(1, 2)) / 2
         assert relative_error(found[name], expected) < 1e-6, name
-    dq = np.random.default_rng(1).standard_normal(scores.shape)
-    crf.forward(scores, features)
-    assert relative_error(crf.backward(dq), numerical_gradient(
-        lambda _: (dq * crf.forward(scores, features)).sum(), scores)) < 1e-6
-
-
-@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 3)], ids=["1-D", "2-D", "3-D"])
-@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
-@pytest.mark.parametrize("damping", [0, 1.5])
-def test_exact_gradients_of_an_image(shape, w, damping):
-    scores, image, _, labels = example(shape)
-    crf = image_crf(len(shape), w[:2], damping=damping, exact=True)
-    check_gradients(crf, scores, image, labels, crf.params)
-
-
-@pytest.mark.parametrize("normalization", ["symmetric", "none"])
-@pytest.mark.parametrize("w", [POTTS, MATRICES], ids=["Potts", "matrices"])
-@pytest.mark.parametrize("damping", [0, 1.5])
-def test_exact_gradients_of_three_kernels_of_own_features(w, damping, normalization):
-    scores, _, features, labels = example((12,))
-    # unnormalised messages add up over all pixels: small weights, or nothing is left to differ
-    crf = feature_crf(w if normalization == "symmetric" else w / 4, damping=damping, exact=True,
-                      normalization=normalization)
-    check_gradients(crf, scores, features, labels, crf.params)
-
-
-@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 3)], ids=["1-D", "2-D", "3-D"])
-@pytest.mark.parametrize("damping", [0, 1.5])
-def test_lattice_gradients_of_scores_and_matrices(shape, damping):
-    scores, image, _, labels = example(shape)
-    check_gradients(image_crf(len(shape), MATRICES[:2], damping=damping), scores, image, labels,
-                    ["w"])
 
 
 def back_and_forth(crf, scores, features, labels):
@@ -152,7 +88,7 @@ def back_and_forth(crf, scores, features, labels):
 def test_matrices_w_times_identity_are_potts(exact, damping):
     scores, _, features, labels = example()
     potts, matrices = (back_and_forth(feature_crf(w, exact=exact, damping=damping), scores,
-                                      features, labels) for w in (POTTS, as_matrices(POTTS)))
+                                      features, labels) for w in (POTTS, as_matrices(POTTS, L)))
     for a, b in zip(potts[:2], matrices[:2]):
         np.testing.assert_allclose(a, b, atol=1e-14)
     traces = np.trace(matrices[2].pop("w"), axis1=1, axis2=2)
@@ -304,7 +240,8 @@ def test_the_free_energy_of_random_models_never_rises_with_descent_damping(kind,
     assert max(undamped) > 1                             # so it is the damping that does it
 
 
-@pytest.mark.parametrize("w, largest", [(POTTS, POTTS), (MATRICES, POTTS * np.linalg.eigvalsh(S)[-1])])
+@pytest.mark.parametrize("w, largest", [
+    (POTTS, POTTS), (MATRICES, POTTS * np.linalg.eigvalsh(S)[-1])])
 def test_descent_damping_is_the_sum_of_what_the_diagonals_left_out(w, largest):
     scores, _, features, _ = example()
     crf = feature_crf(w, exact=True)
