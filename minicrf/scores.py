@@ -2,6 +2,8 @@
 
 Legend: H x W pixels, L labels.
 """
+import warnings
+
 import numpy as np
 
 from .arrays import array_module
@@ -14,12 +16,15 @@ def scores_from_probabilities(p, floor=1e-4):
     floor: smaller probabilities are raised to it, since a 0, from rounding or in a one-hot array,
         would forbid a label for good; floor=0 keeps it as -inf.  log 1e-4 is -9.2, which the CRF's
         default weights, 3 + 10, can overcome where all neighbours agree.
-    Raises ValueError where p is negative, NaN or no float.
+    Warns where most pixels are one-hot.  Raises ValueError where p is negative, NaN or no float.
     """
     xp = array_module(p)
     if p.dtype.kind != "f" or not bool((p >= 0).all()):
         raise ValueError(f"p: found {p.dtype} with minimum {float(p.min()):g}, "
                          "expected floats, at least 0")
+    if bool(((p == 0) | (p == 1)).all(axis=-1).mean() > 0.5):
+        warnings.warn("most pixels are one-hot, as if their labels were certain; labels that may "
+                      "be wrong are better given as labels, with a confidence", stacklevel=2)
     with np.errstate(divide="ignore"):
         return xp.log(xp.maximum(p, p.dtype.type(floor)))
 
