@@ -12,7 +12,7 @@ Read the files of this folder in this order, each resting on those before it:
     layers          convolution with holes, ReLU, pooling, upsampling; forward above backward
     vgg             the 16-layer net: 306 x 306 pixels to 40 x 40 cells     Sec. 4.1
     permutohedral   Gaussian filtering in linear time                       [Adams 2010]
-    kernels         k_m(i,j), normalised, and the gradient of its widths   below Eq. 9
+    kernels         k_m(i,j), normalised, and the gradient of its widths    below Eq. 9
     marginals       softmax, or the damped update that converges            Sec. 3.1
     meanfield       mean field forward, back-tracking backward              Eq. 5, Fig. 3
     densecrf        the same, with the features of an image                 Eq. 9, Sec. 4.1
