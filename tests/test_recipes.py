@@ -1,4 +1,4 @@
-"""What the READMEs promise to those who come from PyTorch and from pydensecrf."""
+"""What the lesson promises to those who come from PyTorch and from pydensecrf."""
 import pathlib
 import re
 
@@ -10,7 +10,7 @@ from minicrf.data import toy
 from minicrf.losses import softmax
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
+LESSON = (ROOT / "minicrf/README.md").read_text("utf-8")
 H, W, L = 24, 32, 6
 
 
@@ -26,9 +26,9 @@ def picture(seed=0):
 
 @pytest.fixture
 def recipe():
-    """The names that the README's recipe defines."""
+    """The names that the lesson's recipe defines."""
     pytest.importorskip("torch")
-    [code] = re.findall(r"```python\n(import torch\n.*?)```", README, flags=re.S)
+    [code] = re.findall(r"```py\n(import torch\n.*?)```", LESSON, flags=re.S)
     names = {}
     exec(code, names)
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
@@ -48,8 +48,8 @@ def test_the_recipe_has_the_right_gradients(recipe):
                             for each in zip(scores, images)])
 
     assert torch.autograd.gradcheck(two_forwards_before_their_way_back, (scores, *crf.values))
-    assert torch.equal(crf(scores, images),
-                       two_forwards_before_their_way_back(scores, *crf.values))
+    expected = two_forwards_before_their_way_back(scores.float(), *crf.values)
+    assert torch.equal(crf(scores, images), expected)
 
 
 def test_the_recipe_trains_a_network_through_the_crf(recipe):
@@ -75,11 +75,35 @@ def test_the_recipe_trains_a_network_through_the_crf(recipe):
     assert all((value != old).any() for value, old in zip(crf.values, before))
 
 
+def test_the_binary_example():
+    [code] = re.findall(r"```python\n(scores = .*?)```", (ROOT / "README.md").read_text(), re.S)
+    image = np.full((20, 30, 3), 40, np.uint8)
+    image[:, 15:] = 200
+    p = np.where(image[:, :, 0] > 99, 0.7, 0.3).astype(np.float32)
+    p[8:12, 20:23] = 0.2
+    names = {**globals(), "p": p, "image": image}
+    exec(code, names)
+    assert np.array_equal(names["mask"], image[:, :, 0] > 99)
+
+
+def test_the_recipe_takes_what_autocast_gives(recipe):
+    torch = recipe["torch"]
+    torch.manual_seed(0)
+    net, crf = torch.nn.Conv2d(3, 2, 3, padding=1), recipe["CRF"](2)
+    images = torch.rand(2, 3, 8, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = net(images)
+        loss = torch.nn.functional.cross_entropy(crf(scores, 255 * images),
+                                                 torch.zeros(2, 8, 9, dtype=torch.long))
+    loss.backward()
+    assert scores.dtype == torch.bfloat16 and net.weight.grad.abs().max() > 0
+
+
 # pydensecrf: the rows of the table that ends minicrf/README.md
 
 def test_every_name_in_the_table_is_used_here():
-    lesson, here = (ROOT / "minicrf/README.md").read_text("utf-8"), pathlib.Path(__file__)
-    table = lesson.partition("## 16.")[2].partition("## ")[0]
+    here = pathlib.Path(__file__)
+    table = LESSON.partition("## 16.")[2].partition("## ")[0]
     names = {name for code in re.findall("`([^`]+)`", table)
              for name in re.findall("[A-Za-z_]{3,}", code)}
     assert len(names) > 30
@@ -189,10 +213,10 @@ def test_their_unary_helpers():
         energy = utils.unary_from_softmax(p.reshape(-1, L).T, scale)
         mine = scores_from_probabilities(mixed, floor=1e-5)
         np.testing.assert_allclose(mine.reshape(-1, L).T, -energy, rtol=1e-5, atol=1e-6)
-    y = rng.integers(0, L + 1, (H, W))                                   # 0: unsure
+    y = rng.integers(0, L + 1, (H, W)).astype(np.uint8)                  # 0: unsure
     for mine, energy in (
             (scores_from_labels(y.astype(int) - 1, L, 0.7, unknown=-1),
-             utils.unary_from_labels(y, L, gt_prob=0.7)),
+             utils.unary_from_labels(y.astype(int), L, gt_prob=0.7)),
             (scores_from_labels(y % L, L, 0.7, unknown=None),
              utils.unary_from_labels(y % L, L, 0.7, zero_unsure=False))):
         np.testing.assert_allclose(softmax(mine).reshape(-1, L), softmax(-energy.T), atol=1e-6)
