@@ -19,7 +19,7 @@ from minicrf.saving import read_npz
 resource = pytest.importorskip("resource", reason="signals and limits of a process are Unix's")
 PROGRAM = pathlib.Path(run_voc.__file__)
 OPTIONS = ["--net", "tiny", "--batch-size", "2", "--iterations", "4", "--evaluate-every", "2",
-           "--rate", "0.1"]
+           "--rate", "0.1", "--device", "cpu"]
 
 
 def options(toy_set, out, *more):

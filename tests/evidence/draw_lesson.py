@@ -1,6 +1,6 @@
 """Draws the lesson's pictures, from a drawn image and made-up scores: no network is trained.
 
-    python tests/evidence/draw_lesson.py [FOLDER]    writes pipeline.png, marginals.png, lattice.png,
+    python tests/evidence/draw_lesson.py [FOLDER]   writes pipeline.png, marginals.png, lattice.png,
         holes.png, weak.png, and gain.png from the tables in RESULTS.md (default: into .github)
 Legend: H x W pixels, h x w cells, L labels; colours mix in proportion to marginals.
 """
