@@ -69,10 +69,11 @@ def build_parser():
     add("--check", action="store_true", help="list every problem of the data set, and do no more")
 
     add = parser.add_argument_group("what to do").add_argument
-    add("--stage", choices=(*training.STAGES, "eval", "predict"), help="unary: train the network "
-        "alone; joint: network and CRF, from the unary checkpoint; local: network and local "
-        "factors, likewise; piecewise: the CRF alone; eval: one table of what was trained; "
-        "predict: label photographs (default: unary, then joint)")
+    add("--stage", choices=(*training.STAGES, "search", "eval", "predict"), help="unary: train the "
+        "network alone; joint: network and CRF, from the unary checkpoint; local: network and local "
+        "factors, likewise; piecewise: the CRF alone; search: its parameters by IoU, chosen on one "
+        "half of the validation images and measured on the other; eval: one table of what was "
+        "trained; predict: label photographs (default: unary, then joint)")
     add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights (.npz, .mat, "
         ".safetensors) or a checkpoint to train further (default: none); other stages: the "
         "checkpoint to start from (default: OUT/unary.npz); eval: the one to measure (default: all "
@@ -154,6 +155,8 @@ def check_options(args):
         raise ValueError(f"--device: found gpu, but {why}; expected cpu or auto")
     if bool(args.image) != (args.stage == "predict"):
         raise ValueError("--image: found one of it and --stage predict, expected both or none")
+    if args.stage == "search" and args.compatibility == "matrix":
+        raise ValueError("--compatibility: --stage search chooses one number a kernel, no matrix")
     if args.sbd and not args.voc:
         raise ValueError("--sbd: found it without --voc, expected both or none")
     for folder in args.also:
@@ -305,7 +308,7 @@ def evaluate(args, data, model, log):
 def measure_checkpoints(args, data, device):
     """Stage eval: --weights, or every checkpoint in OUT; returns (paths by stage, the last stage).
 
-    After unary training also with a CRF that has learned nothing.
+    After unary training also with an untrained CRF.
     """
     there = checkpoints.present(args.out)
     for name, path in [("", args.weights)] if args.weights else [*there.items()]:
@@ -318,6 +321,23 @@ def measure_checkpoints(args, data, device):
             model.crf = start_crf(args, len(data.classes), stage)
         reports.measure(args.out, data, stage, model, args.train_list)
     return there, stage
+
+
+def search_parameters(args, data, device):
+    """Stage search: figures of a CRF whose parameters were chosen by IoU; returns their name."""
+    start = args.weights or os.path.join(args.out, "unary.npz")
+    model, _, _ = checkpoints.load_model(start, data.classes, device)
+    with open(start, "rb") as file:
+        settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, data.val,
+                                    zlib.crc32(file.read()))).encode())
+    if args.resume and reports.settings_of(args.out, "searched") == settings:
+        print("searched: done before, nothing to resume")
+    else:
+        counts = evaluation.cross_fitted(
+            model, data, lambda: start_crf(args, len(data.classes), "search"))
+        reports.write(args.out, "searched", {"ids": data.val, "classes": data.classes,
+                                             "settings": settings, **counts})
+    return "searched"
 
 
 def run(args):
@@ -356,9 +376,12 @@ def train_or_measure(args, device):
           f"{len(data.classes)} classes ({', '.join(data.classes)}); on the {device}")
     if args.stage == "eval":
         paths, stage = measure_checkpoints(args, data, device)
+    elif args.stage == "search":
+        paths, stage = {}, search_parameters(args, data, device)
     else:
         for stage in stages(args):
             model = train(args, data, stage, device)
+            model.crf = model.crf or start_crf(args, len(data.classes), stage)
             reports.measure(args.out, data, stage, model, args.train_list)
             del model                        # the next one needs its memory
             if not args.stage:
@@ -369,7 +392,8 @@ def train_or_measure(args, device):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    size = 1 if args.stage in ("eval", "predict") else args.micro_batch or args.batch_size
+    alone = args.stage in ("search", "eval", "predict")
+    size = 1 if alone else args.micro_batch or args.batch_size
     smaller = f"--micro-batch {size // 2}" if size > 1 else "--net largefov or --device cpu"
     return run_program("run_voc.py", run, args, too_little=(
         f"found too little memory for {size} images at a time; try {smaller}"))

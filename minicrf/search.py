@@ -19,7 +19,7 @@ def search(crf, samples, grid=None, finer=True):
     """The parameters that give the highest mean IoU of the samples; leaves them in crf.
 
     crf: a DenseCRF or FeatureCRF with Potts weights, changed in place.
-    samples: a list of (scores, image, labels), as for `learn`.
+    samples: (scores, image, labels), as for `learn`; a list, or what can be gone through twice.
     grid: {name: values}: "w_KERNEL", numbers, and "sigma_KERNEL", widths, or for the bilateral
         kernel pairs (pixels, colour); parameters without an entry stay as they are.  The default
         is over the bilateral kernel.
@@ -32,8 +32,8 @@ def search(crf, samples, grid=None, finer=True):
     """
     from tqdm import tqdm        # only the bar needs it
 
-    for scores, _, labels in samples:
-        check_labels(labels, scores.shape[:-1], crf.n_labels)
+    if crf.params["w"].ndim > 1:
+        raise ValueError("search is for Potts weights, one number a kernel; this CRF has matrices")
     grid = grid or COARSE
     table = _measure(crf, samples, grid, tqdm)
     if finer:
@@ -49,8 +49,9 @@ def search(crf, samples, grid=None, finer=True):
 def cross_fitted(table):
     """Counts (I, L, L) of each sample with parameters that were chosen without it.
 
-    table: of `search`.  The even samples are measured with what is best on the odd ones, and the
-    other way around.
+    table: of `search` with finer=False, since the finer grid lies around what is best on all
+    samples.  The even ones are measured with what is best on the odd ones, and the other way
+    around.
     """
     counts = np.stack([each for _, each in table])                           # (G, I, L, L)
     fitted = np.empty_like(counts[0])
@@ -71,20 +72,23 @@ def _measure(crf, samples, grid, tqdm):
     """[({name: value}, counts (I, L, L))] for each point of the grid."""
     widths = {name: values for name, values in grid.items() if name.startswith("sigma_")}
     weights = {name: values for name, values in grid.items() if name not in widths}
-    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    counts = np.zeros((len(points), len(samples), crf.n_labels, crf.n_labels), np.int64)
-    for sigma in tqdm(list(itertools.product(*widths.values())), "search", disable=None):
-        for name, value in zip(widths, sigma):
-            _set(crf, name, value)
-        for i, (scores, image, labels) in enumerate(samples):
+    counts = []
+    for scores, image, labels in tqdm(samples, "search", unit="image", leave=False, disable=None):
+        check_labels(labels, scores.shape[:-1], crf.n_labels)
+        counts.append([])
+        for sigma in itertools.product(*widths.values()):
+            for name, value in zip(widths, sigma):
+                _set(crf, name, value)
             kernels = crf._kernels(image, scores)                # for all weights
             for w in itertools.product(*weights.values()):
                 for name, value in zip(weights, w):
                     _set(crf, name, value)
                 q = crf._infer(scores, kernels, train=False)
-                point = points.index(dict(zip((*widths, *weights), (*sigma, *w))))
-                counts[point, i] = _count(labels, q.argmax(axis=-1), crf.n_labels)
-    return list(zip(points, counts))
+                counts[-1].append(_count(labels, q.argmax(axis=-1), crf.n_labels))
+    points = [dict(zip((*widths, *weights), values))
+              for values in itertools.product(*widths.values(), *weights.values())]
+    return [({name: point[name] for name in grid}, each)
+            for point, each in zip(points, np.stack(counts, axis=1))]
 
 
 def _count(labels, found, L):

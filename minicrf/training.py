@@ -47,10 +47,14 @@ class Model:
         x /= dtype.type(self.scale)
         return to_device(x, self.device)
 
+    def scores(self, image):
+        """The network's scores (H, W, L) of a photograph (H, W, 3)."""
+        scores = self.net.forward(self.inputs([self.resized(image)]))    # (1, L, h, w)
+        return self.net.upsample.forward(scores[0], image.shape[:2])
+
     def predict(self, image):
         """(unary, refined) labels (H, W) of a photograph (H, W, 3); refined is None without CRF."""
-        scores = self.net.forward(self.inputs([self.resized(image)]))    # (1, L, h, w)
-        f = self.net.upsample.forward(scores[0], image.shape[:2])        # (H, W, L)
+        f = self.scores(image)
         unary = to_host(f.argmax(axis=-1)).astype(np.uint8)
         if self.crf is None:
             return unary, None

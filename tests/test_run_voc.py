@@ -11,8 +11,8 @@ from PIL import Image
 
 import experiment
 import run_voc
-from minicrf import LocalCRF, training
-from minicrf.data import voc
+from minicrf import DenseCRF, LocalCRF, training
+from minicrf.data import loading, toy, voc
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
 FAST = ["--batch-size", "2", "--iterations", "2", "--evaluate-every", "2"]
@@ -141,7 +141,7 @@ def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
         "checkpoint to start from (its checksum)"] for stage in ("local", "piecewise", "joint")}
     assert len(starts) == 1
     table = (tmp_path / "0" / "table.txt").read_text()
-    for name in ("unary", "unary + CRF", "unary (control)", "local", "piecewise"):
+    for name in ("unary", "unary + untrained CRF", "unary (control)", "local", "piecewise"):
         assert f"joint against {name} " in table, name
 
     (tmp_path / "0" / "joint_val.npz").unlink()      # called again, it does what is left
@@ -419,3 +419,51 @@ def test_other_crfs_train_resume_and_predict(trained, toy_set, tmp_path, capsys,
     photograph = next((pathlib.Path(toy_set) / "JPEGImages").iterdir())
     assert run_voc.main(["--stage", "predict", "--weights", str(tmp_path / f"{stage}.npz"),
                          "--image", str(photograph), "--out", str(tmp_path)]) == 0
+
+def search_options(root, out, start):
+    return ["--voc", str(root), "--out", str(out), "--weights", str(start / "unary.npz"),
+            "--stage", "search"]
+
+
+def test_search_is_a_column_and_is_not_done_twice(trained, tmp_path, toy_set, capsys, monkeypatch):
+    options = search_options(toy_set, tmp_path, trained)
+    assert run_voc.main(options) == 0
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["searched"]
+    assert "searched against searched without CRF" in (tmp_path / "table.txt").read_text()
+    assert reports._read(tmp_path, "searched")["crf"].shape == (2, 6, 6)
+
+    monkeypatch.setattr(evaluation, "cross_fitted", lambda *_: pytest.fail("searched again"))
+    assert run_voc.main([*options, "--resume"]) == 0
+    assert "done before" in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception):           # other settings: not the same figures
+        run_voc.main([*options, "--resume", "--w", "2", "4"])
+
+
+def test_no_image_is_measured_with_parameters_that_its_labels_helped_to_choose(tmp_path):
+    """All labels of one image change: its own labels found stay, those of the other may not."""
+    root = toy.draw(tmp_path / "set", n_train=1, n_val=4, width=(30, 40), height=(24, 32))
+    data, chosen = loading.DataSet(root), {}
+
+    class Model:
+        device, crf = "cpu", None
+
+        def scores(self, image):
+            return np.random.default_rng(image.size).standard_normal((*image.shape[:2], 6))
+
+        def predict(self, image):
+            f = self.scores(image)
+            q = self.crf.forward(f, image, train=False)
+            chosen[image.tobytes()] = {key: p.tolist() for key, p in self.crf.params.items()}
+            return f.argmax(axis=2), q.argmax(axis=2)
+
+    def parameters():
+        evaluation.cross_fitted(Model(), data, lambda: DenseCRF(6, w=(1, 4)))
+        return [chosen[data.load(image_id)[0].tobytes()] for image_id in data.val]
+
+    before = parameters()
+    for image_id in data.val[::2]:                       # labels as an untouched network finds them
+        found = Model().scores(data.load(image_id)[0]).argmax(axis=2)
+        voc.save_labels(root / "SegmentationClass" / f"{image_id}.png", found.astype(np.uint8))
+    after = parameters()
+    assert after[::2] == before[::2]
+    assert after[1] == after[3] != before[1] == before[3]        # chosen on the even ones

@@ -58,3 +58,8 @@ def test_cross_fitting_never_measures_an_image_with_parameters_chosen_on_it(liar
     at_b = np.array([poor if i % 2 == liar else perfect for i in range(6)])
     fitted = cross_fitted([({"w": "A"}, at_a), ({"w": "B"}, at_b)])
     np.testing.assert_array_equal(fitted, [poor] * 6)
+
+
+def test_matrices_are_refused():
+    with pytest.raises(ValueError, match="Potts"):
+        search(DenseCRF(2, w=np.ones((2, 2, 2))), list(noisy(1)))

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 
-from ..arrays import out_of_memory
+from ..arrays import out_of_memory, to_device
 from ..data import pictures, voc
+from ..search import search
 from . import checkpoints, figures, metrics
 from .metrics import BAND
 
@@ -33,6 +34,40 @@ def evaluate(model, samples, n_classes, band=BAND):
                 counts.setdefault(f"{method}_band", []).append(
                     metrics.confusion_matrix(truth[near], prediction[near], n_classes))
     return {method: np.stack(each) for method, each in counts.items()}
+
+
+class Scored:
+    """(scores, image, labels) of some images, computed anew each time they are gone through."""
+
+    def __init__(self, model, data, ids):
+        self.model, self.data, self.ids = model, data, ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __iter__(self):
+        for image_id in self.ids:
+            image, labels = self.data.load(image_id)
+            yield self.model.scores(image), to_device(image, self.model.device), labels
+
+
+def cross_fitted(model, data, crf):
+    """Counts as of `evaluate` for the validation list, by CRFs that were chosen without the image.
+
+    crf: a function that returns a CRF to start from.  One is searched for on the images with an
+    even place in the list and measured on the others, then the other way around.
+    """
+    halves, counts = (data.val[::2], data.val[1::2]), {}
+    for half in 0, 1:
+        model.crf = crf()
+        best, _ = search(model.crf, Scored(model, data, halves[1 - half]))
+        print(f"searched: on {len(halves[1 - half])} images the best is", ", ".join(
+            f"{name} {np.round(value, 2).tolist()}" for name, value in best.items()))
+        samples = data.samples(halves[half], "searched on the validation list")
+        for method, each in evaluate(model, samples, len(data.classes)).items():
+            counts.setdefault(method, np.empty((len(data.val), *each.shape[1:]), each.dtype))
+            counts[method][half::2] = each
+    return counts
 
 
 def curve_point(model, data, n=None):

@@ -14,14 +14,16 @@ from . import checkpoints, figures, logs, metrics
 from .evaluation import evaluate
 from .metrics import BAND
 
+MEASURED = *STAGES[:-1], "searched", STAGES[-1]      # joint is last: what others are held against
+
 
 def columns(stage):
     """{column of the table: method of evaluation.evaluate}.
 
-    After unary training the CRF is one that has learned nothing.
+    After unary training the CRF is an untrained one.
     """
     if stage == "unary":
-        return {"unary": "unary", "unary + CRF": "crf"}
+        return {"unary": "unary", "unary + untrained CRF": "crf"}
     return {f"{stage} without CRF": "unary", stage: "crf"}
 
 
@@ -46,11 +48,21 @@ def measure(out, data, stage, model, train_list=False):
     if train_list:
         arrays |= {f"train_{method}": each.sum(axis=0)                   # (L, L)
                    for method, each in counts(data.train, "training").items()}
+    write(out, stage, arrays)
+
+
+def write(out, stage, arrays):
+    """Leaves what was measured of a stage in STAGE_val.npz, and its figures in results.json."""
     with replacing(_path(out, stage), "wb") as file:
         np.savez_compressed(file, **arrays)
-    results = {stage: _entry(stage, read) for stage in STAGES if (read := _read(out, stage))}
+    results = {stage: _entry(stage, read) for stage in MEASURED if (read := _read(out, stage))}
     with replacing(os.path.join(out, "results.json")) as file:
         json.dump(results, file, indent=1)
+
+
+def settings_of(out, stage):
+    """The checksum of the settings that a stage was measured with; None where it has none."""
+    return _read(out, stage).get("settings")
 
 
 def report(out, also, data, stage, paths, device):
@@ -60,11 +72,13 @@ def report(out, also, data, stage, paths, device):
     """
     print(table(out, also, data, stage), end="")
     names = [*map(os.path.basename, checkpoints.present(out).values()), "results.json", "table.txt"]
+    if stage in paths:                   # a stage without a checkpoint predicts nothing to show
+        names += panels(out, stage, paths, data, device)
     log = logs.read_log(os.path.join(out, "log.csv"))
     if log:
         names += ["log.csv", "curves.png"]
         figures.curves(os.path.join(out, "curves.png"), log)
-    print(f"in {out}: {', '.join(names + panels(out, stage, paths, data, device))}")
+    print(f"in {out}: {', '.join(names)}")
 
 
 def table(out, also, data, stage):
@@ -77,7 +91,7 @@ def table(out, also, data, stage):
     names = [os.path.basename(os.path.abspath(folder)) for folder in also]
     where = ["", *(f" ({name if names.count(name) == 1 else folder})"
                    for name, folder in zip(names, also))]
-    for stage in STAGES:
+    for stage in MEASURED:
         for folder, place in zip([out, *also], where):
             read = _read(folder, stage)
             if read and not _same_images(read, like):
@@ -91,7 +105,7 @@ def table(out, also, data, stage):
                     results[name + place] = _figures(read, method)
                     if f"train_{method}" in read:
                         train[name + place] = _figures(read, method, "train_")
-    last = [stage for stage in STAGES if stage in confusions][-1]
+    last = [stage for stage in MEASURED if stage in confusions][-1]
     text = (f"Validation list, {len(data.val)} images\n" + figures.table(results, data.classes)
             + f"within {BAND} px: mean IoU of the pixels no further than that from another class\n")
     others = [name for name in confusions if name != last]
