@@ -33,7 +33,7 @@ def by_stage(unary, joint, piecewise):
 
 
 TOY = dict(net="tiny", batch_size=16, iterations=by_stage(320, 30, 40),
-           rate=by_stage(2.0, 0.1, 0.2), evaluate_every=by_stage(160, 15, 20))
+           rate=by_stage(2.0, 0.1, 0.2), evaluate_every=by_stage(40, 10, 20))
 VOC = dict(net="vgg16", batch_size=20, iterations=by_stage(6000, 2000, 500),
            rate=by_stage(1.0, 0.1, 0.1), evaluate_every=by_stage(200, 200, 50))
 SAVE_EVERY = 300                                         # seconds, at most, between checkpoints
@@ -66,14 +66,17 @@ def build_parser():
         "(.../VOCdevkit/VOC2012); without it a toy set is drawn and used")
     add("--sbd", type=path, metavar="DIR", help="more training images: SBD's dataset folder (.mat "
         "files) or SegmentationClassAug (.png files)")
+    add("--labels", metavar="FOLDER", help="training labels from this folder beside JPEGImages, "
+        "such as Scribbles: PNGs of the same names, 255 where nothing is known (default: "
+        "SegmentationClass, where validation labels always are)")
     add("--check", action="store_true", help="list every problem of the data set, and do no more")
 
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", choices=(*training.STAGES, "search", "eval", "predict"), help="unary: train the "
-        "network alone; joint: network and CRF, from the unary checkpoint; local: network and local "
-        "factors, likewise; piecewise: the CRF alone; search: its parameters by IoU, chosen on one "
-        "half of the validation images and measured on the other; eval: one table of what was "
-        "trained; predict: label photographs (default: unary, then joint)")
+        "network alone; joint: network and CRF, from the unary checkpoint; local: network and "
+        "local factors, likewise; piecewise: the CRF alone; search: its parameters by IoU, chosen "
+        "on one half of the validation images and measured on the other; eval: one table of what "
+        "was trained; predict: label photographs (default: unary, then joint)")
     add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights (.npz, .mat, "
         ".safetensors) or a checkpoint to train further (default: none); other stages: the "
         "checkpoint to start from (default: OUT/unary.npz); eval: the one to measure (default: all "
@@ -224,7 +227,7 @@ def begin(args, data, stage, device):
     settings = {"stage": stage, "seed": args.seed, "batch_size": args.batch_size,
                 "micro_batch": args.micro_batch, "rate": args.rate[stage], "drop": args.drop,
                 "evaluate_images": args.evaluate_images,
-                "image lists (their checksum)": zlib.crc32(lists)}
+                "labels": args.labels, "image lists (their checksum)": zlib.crc32(lists)}
     settings |= ({"net": args.net} if stage == "unary" else
                  {name: np.ravel(getattr(args, name)).tolist()
                   for name in ("w", "sigma_position", "sigma_bilateral", "compatibility")})
@@ -328,8 +331,8 @@ def search_parameters(args, data, device):
     start = args.weights or os.path.join(args.out, "unary.npz")
     model, _, _ = checkpoints.load_model(start, data.classes, device)
     with open(start, "rb") as file:
-        settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, data.val,
-                                    zlib.crc32(file.read()))).encode())
+        settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, args.labels,
+                                    data.train, data.val, zlib.crc32(file.read()))).encode())
     if args.resume and reports.settings_of(args.out, "searched") == settings:
         print("searched: done before, nothing to resume")
     else:
@@ -360,7 +363,7 @@ def run(args):
             toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
         if args.check:
             notes = []
-            problems = voc.check(args.voc, args.sbd, notes)
+            problems = voc.check(args.voc, args.sbd, notes, args.labels)
             print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
             return 2 if problems else 0
         train_or_measure(args, device)
@@ -371,7 +374,7 @@ def run(args):
 
 def train_or_measure(args, device):
     """The stages that the command line asks for, then the table and pictures of what is there."""
-    data = loading.DataSet(args.voc, args.sbd)
+    data = loading.DataSet(args.voc, args.sbd, args.labels)
     print(f"{args.voc}: {len(data.train)} training and {len(data.val)} validation images, "
           f"{len(data.classes)} classes ({', '.join(data.classes)}); on the {device}")
     if args.stage == "eval":

@@ -141,14 +141,19 @@ def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
         "checkpoint to start from (its checksum)"] for stage in ("local", "piecewise", "joint")}
     assert len(starts) == 1
     table = (tmp_path / "0" / "table.txt").read_text()
-    for name in ("unary", "unary + untrained CRF", "unary (control)", "local", "piecewise"):
+    for name in ("unary", "unary + untrained CRF", "unary (control)", "local", "piecewise",
+                 "unary + untrained CRF (control)", "searched (control)", "piecewise (control)"):
         assert f"joint against {name} " in table, name
+    out = capsys.readouterr().out
+    assert all(f"1 seeds: {a} against {b}: " in out for a, b in experiment.PAIRS)
+    assert all(f"{name} " in out.split("seed 0: unary ")[1] for name in experiment.COLUMNS
+               if name != "unary")
 
     (tmp_path / "0" / "joint_val.npz").unlink()      # called again, it does what is left
     capsys.readouterr()
     assert experiment.main(arguments) == 0
     left = capsys.readouterr().out.split("\n\n")[0]
-    assert re.findall("--stage ([a-z]+)", left) == ["joint", "eval"]
+    assert re.findall("--stage ([a-z]+)", left) == ["joint", "eval", "eval"]
 
 
 def test_what_a_run_starts_from_is_not_overwritten(trained, toy_set, tmp_path, capsys):
@@ -456,14 +461,40 @@ def test_no_image_is_measured_with_parameters_that_its_labels_helped_to_choose(t
             chosen[image.tobytes()] = {key: p.tolist() for key, p in self.crf.params.items()}
             return f.argmax(axis=2), q.argmax(axis=2)
 
-    def parameters():
+    def parameters(data=data):
         evaluation.cross_fitted(Model(), data, lambda: DenseCRF(6, w=(1, 4)))
         return [chosen[data.load(image_id)[0].tobytes()] for image_id in data.val]
 
-    before = parameters()
+    weak = loading.DataSet(root, None, "Scribbles")          # sees no validation label at all
+    before, before_weak = parameters(), parameters(weak)
     for image_id in data.val[::2]:                       # labels as an untouched network finds them
         found = Model().scores(data.load(image_id)[0]).argmax(axis=2)
         voc.save_labels(root / "SegmentationClass" / f"{image_id}.png", found.astype(np.uint8))
     after = parameters()
+    assert parameters(weak) == before_weak and len({*map(str, before_weak)}) == 1
     assert after[::2] == before[::2]
     assert after[1] == after[3] != before[1] == before[3]        # chosen on the even ones
+
+
+def test_training_labels_of_another_folder(toy_set, tmp_path, capsys):
+    """--labels: the training list's alone; --check reads them; other labels are another run."""
+    root = shutil.copytree(toy_set, tmp_path / "set")
+    options = ["--voc", str(root), "--out", str(tmp_path / "o"), "--labels", "Scribbles"]
+    assert run_voc.main([*options, "--check"]) == 0
+    for name in ("train_0000", "val_0000"):
+        (root / "Scribbles" / f"{name}.png").unlink()
+    capsys.readouterr()
+    assert run_voc.main([*options, "--check"]) == 2
+    out = capsys.readouterr().out
+    assert "train_0000" in out and "val_0000" not in out
+    data = loading.DataSet(root, None, "Scribbles")
+    assert (data.load("train_0001")[1] == 255).mean() > 0.9
+    assert (data.load("val_0001")[1] == 255).mean() < 0.5
+
+    shutil.rmtree(root)
+    shutil.copytree(toy_set, root)
+    assert run_voc.main([*options, "--net", "tiny", *FAST, "--stage", "unary"]) == 0
+    capsys.readouterr()
+    assert run_voc.main([*options[:-1], "Clicks", "--net", "tiny", *FAST, "--stage", "unary",
+                         "--resume"]) == 2
+    assert_one_line(capsys, "found a run with labels Scribbles, expected Clicks")

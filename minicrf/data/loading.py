@@ -16,11 +16,12 @@ from . import voc
 class DataSet:
     """A folder in VOC's format: class names, image lists, and the images with their labels.
 
-    root, sbd: as in `voc.image_list`.  Raises FileNotFoundError or ValueError with one line.
+    root, sbd: as in `voc.image_list`.  weak: as in `voc.load`, for the training list.
+    Raises FileNotFoundError or ValueError with one line.
     """
 
-    def __init__(self, root, sbd=None):
-        self.root, self.sbd = root, sbd
+    def __init__(self, root, sbd=None, weak=None):
+        self.root, self.sbd, self.weak = root, sbd, weak
         self.classes = voc.class_names(root)
         self.train = voc.image_list(root, "train", sbd)
         self.val = voc.image_list(root, "val")
@@ -29,8 +30,8 @@ class DataSet:
 
     def load(self, image_id):
         """(image, labels) as from `voc.load`; of the validation list VOC's own: SBD has no void."""
-        sbd = None if image_id in self.val else self.sbd
-        return voc.load(self.root, image_id, sbd, len(self.classes))
+        sbd, weak = (None, None) if image_id in self.val else (self.sbd, self.weak)
+        return voc.load(self.root, image_id, sbd, len(self.classes), weak)
 
     def samples(self, ids, note):
         """(image, labels) of each id.  note: says what for, beside a progress bar on a terminal."""

@@ -15,21 +15,23 @@ import scipy.ndimage
 from PIL import Image
 
 from ..inputs import VOID
+from .scribbles import weaken
 from .voc import LISTS, save_labels
 
 CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")
-DRAWING = 1        # to be raised with every change of the pictures: sets drawn before are redrawn
+DRAWING = 2        # to be raised with every change of the pictures: sets drawn before are redrawn
 
 
 def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 110),
          easy=False):
     """Draws a set in VOC's format, byte for byte the same for the same arguments.
 
-    directory: becomes the folder that holds JPEGImages, SegmentationClass and ImageSets; written
-    beside and renamed.  A set drawn with the same arguments stays as it is, one drawn with others
-    is replaced.  width, height: ranges (least, greatest) in pixels.  easy: kinds keep to
-    their colours and objects are larger, for short training.  An image depends on seed, split and
-    number alone: a longer list begins with the images of a shorter one.
+    directory: becomes the folder that holds JPEGImages, SegmentationClass, Scribbles and Clicks
+    (the same labels, weakened) and ImageSets; written beside and renamed. A set drawn with the same
+    arguments stays as it is, one drawn with others is replaced. width, height: ranges (least,
+    greatest) in pixels. easy: kinds keep to their colours and objects are larger, for short
+    training. An image depends on seed, split and number alone: a longer list begins with the images
+    of a shorter one.
     Returns directory as a Path.  Raises FileExistsError where it holds anything else.
     """
     directory = pathlib.Path(directory)
@@ -46,7 +48,7 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".minicrf-", dir=directory.parent) as folder:
         beside = pathlib.Path(folder) / "set"
-        for name in ("JPEGImages", "SegmentationClass", LISTS):
+        for name in ("JPEGImages", "SegmentationClass", "Scribbles", "Clicks", LISTS):
             (beside / name).mkdir(parents=True)
         (beside / LISTS / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
         for split, (name, n) in enumerate((("train", n_train), ("val", n_val))):
@@ -59,6 +61,8 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
                 Image.fromarray(image).save(beside / "JPEGImages" / f"{image_id}.jpg",
                                             quality=int(rng.integers(70, 95)))
                 save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
+                save_labels(beside / "Scribbles" / f"{image_id}.png", weaken(labels))
+                save_labels(beside / "Clicks" / f"{image_id}.png", weaken(labels, clicks=True))
         (beside / "toy.txt").write_text(about)
         shutil.rmtree(directory, ignore_errors=True)
         beside.replace(directory)

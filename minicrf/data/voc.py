@@ -81,17 +81,18 @@ def image_list(root, split, sbd=None, problems=None):
     return ids
 
 
-def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
+def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES), weak=None):
     """One image and its labels: (H, W, 3) uint8 RGB and (H, W) uint8.
 
     Labels come from VOC's SegmentationClass where they are there, otherwise from sbd; leave sbd out
-    for validation, since SBD's labels have no void.
+    for validation, since SBD's labels have no void.  weak: a folder beside JPEGImages whose labels
+    are taken instead.
     Raises FileNotFoundError or ValueError, naming the file, for anything that cannot be right.
     """
-    image_path, label_path = _paths(root, image_id, sbd)
+    image_path, label_path = _paths(root, image_id, sbd, weak)
     # not turned: labels go with the pixels as they are stored
     image = read_photograph(image_path, ("JPEG", "PNG"), upright=False)
-    labels = _read_mat(label_path) if label_path.suffix == ".mat" else _read_png(label_path)
+    labels = _read_mat(label_path) if label_path.suffix == ".mat" else read_labels(label_path)
     if image.shape[:2] != labels.shape:
         (h, w), (lh, lw) = image.shape[:2], labels.shape
         raise ValueError(f"{label_path}: found {lw}x{lh} labels, expected {w}x{h} as {image_path}")
@@ -102,9 +103,10 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES)):
     return image, labels.astype(np.uint8)
 
 
-def check(root, sbd=None, notes=None):
+def check(root, sbd=None, notes=None, weak=None):
     """Every problem of a whole data set, as a list of lines; empty where all is well.
 
+    weak: as in `load`, of the training list.
     notes: a list that takes what may well be meant: the classes of which a list has no pixel.
     """
     problems = []
@@ -120,14 +122,14 @@ def check(root, sbd=None, notes=None):
     val = attempt(image_list, root, "val", None, problems) or []
     problems += in_both_lists(root, train, val)
 
-    def count(image_id, sbd):
-        loaded = attempt(load, root, image_id, sbd, len(names) or VOID)
+    def count(image_id, sbd, weak):
+        loaded = attempt(load, root, image_id, sbd, len(names) or VOID, weak)
         return count_labels([loaded[1]] if loaded else [])
 
     # validation needs VOC's own labels: SBD's have no void
-    for split, ids, source in (("training", train, sbd), ("validation", val, None)):
+    for split, ids, *source in (("training", train, sbd, weak), ("validation", val, None, None)):
         with ThreadPoolExecutor() as pool:
-            counts = pool.map(count, ids, [source] * len(ids))
+            counts = pool.map(count, ids, *([each] * len(ids) for each in source))
             total = sum(tqdm(counts, f"check, {split}", len(ids), unit="image", disable=None),
                         count_labels([]))
         if total.any():
@@ -231,7 +233,7 @@ def _ids(path, problems):
     return [name for name in counts if name not in odd]
 
 
-def _paths(root, image_id, sbd):
+def _paths(root, image_id, sbd, weak=None):
     """The files (image, labels) of an id."""
     root = pathlib.Path(root)
     images = [root / "JPEGImages" / f"{image_id}{ending}" for ending in (".jpg", ".png")]
@@ -240,6 +242,8 @@ def _paths(root, image_id, sbd):
         folder = _sbd_folder(sbd)
         images.append(folder.parent / "img" / f"{image_id}.jpg")
         labels.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
+    if weak is not None:
+        labels = [root / weak / f"{image_id}.png"]
     return _first("image", images), _first("labels", labels)
 
 
@@ -251,7 +255,7 @@ def _first(kind, paths):
     raise FileNotFoundError(f"{' and '.join(map(str, paths))}: no such file for the {kind}")
 
 
-def _read_png(path):
+def read_labels(path):
     """Labels (H, W) from a PNG whose pixel values, not colours, are the labels."""
     picture = open_picture(path, "label picture", ("PNG",))
     if picture.mode in ("RGB", "RGBA"):

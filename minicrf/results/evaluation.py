@@ -55,18 +55,21 @@ def cross_fitted(model, data, crf):
     """Counts as of `evaluate` for the validation list, by CRFs that were chosen without the image.
 
     crf: a function that returns a CRF to start from.  One is searched for on the images with an
-    even place in the list and measured on the others, then the other way around.
+    even place in the list and measured on the others, then the other way around.  Where training
+    labels are weak, all are measured with one that saw those labels alone, of as many images.
     """
-    halves, counts = (data.val[::2], data.val[1::2]), {}
-    for half in 0, 1:
+    parts, counts = [(data.val[1::2], slice(0, None, 2)), (data.val[::2], slice(1, None, 2))], {}
+    if data.weak is not None:
+        parts = [(data.train[:len(data.val)], slice(None))]
+    for chosen_on, measured in parts:
         model.crf = crf()
-        best, _ = search(model.crf, Scored(model, data, halves[1 - half]))
-        print(f"searched: on {len(halves[1 - half])} images the best is", ", ".join(
+        best, _ = search(model.crf, Scored(model, data, chosen_on))
+        print(f"searched: on {len(chosen_on)} images the best is", ", ".join(
             f"{name} {np.round(value, 2).tolist()}" for name, value in best.items()))
-        samples = data.samples(halves[half], "searched on the validation list")
+        samples = data.samples(data.val[measured], "searched on the validation list")
         for method, each in evaluate(model, samples, len(data.classes)).items():
             counts.setdefault(method, np.empty((len(data.val), *each.shape[1:]), each.dtype))
-            counts[method][half::2] = each
+            counts[method][measured] = each
     return counts
 
 

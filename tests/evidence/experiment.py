@@ -3,9 +3,12 @@
     python tests/evidence/experiment.py drawn --seeds 0 1 2 3 4
     python tests/evidence/experiment.py PATH/TO/VOC2012 --sbd PATH/TO/SBD --weights vgg16_conv.npz
 
-Trains unary; then, all from that checkpoint, unary again (the control), local, piecewise and joint;
-then measures all of them on the whole validation list.  `drawn`: 2,400 drawn images to train on,
-400 to measure on, others for each seed.  Called again it goes on where it stopped.
+Trains unary; then, all from that checkpoint, unary again (the control), piecewise (from the control,
+too), joint and, slowest and last, local; searches for the CRF of the control and of the joint
+network by IoU; measures all of them on the whole validation list, and prints the differences that
+matter, over all seeds.  `drawn`: 2,400 drawn images to train on, 400 to measure on, others for each
+seed.  --labels scribbles or clicks: trains on those of the drawn images alone; then without
+piecewise and local.  Called again it resumes where it stopped.
 What the paper says to look for: joint 2.5 points above unary (61.5 to 64.1), above the control and
 above piecewise, and the gain there within the first 20 joint iterations.
 """
@@ -17,8 +20,23 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import numpy as np   # noqa: E402
+
 import run_voc   # noqa: E402
+from columns import difference   # noqa: E402
 from minicrf.data import toy   # noqa: E402
+from minicrf.search import mean_iou   # noqa: E402
+
+# column: where its counts lie in a seed's folder, and by which method
+COLUMNS = {
+    "unary": ("unary", "unary"), "+ untrained CRF": ("unary", "crf"),
+    "control": ("control/unary", "unary"), "control + untrained CRF": ("control/unary", "crf"),
+    "control searched": ("control/searched", "crf"),
+    "piecewise": ("piecewise", "crf"), "control piecewise": ("control/piecewise", "crf"),
+    "local": ("local", "crf"), "joint": ("joint", "crf"),
+    "joint searched": ("joint_searched/searched", "crf")}
+PAIRS = [("joint", "control + untrained CRF"), ("joint", "control searched"),
+         ("joint searched", "control searched"), ("joint", "piecewise")]
 
 
 def parse_arguments(arguments):
@@ -39,6 +57,7 @@ def parse_arguments(arguments):
     add("--rate", type=float, default=1., metavar="X",
         help="of the same; piecewise: a fifth (default: 1)")
     add("--evaluate-images", default="40", metavar="K", help="for the curves (default: 40)")
+    add("--labels", choices=("scribbles", "clicks"), help="drawn: training labels (default: full)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="S")
     return parser.parse_args(arguments)
 
@@ -54,6 +73,7 @@ def commands(args, seed):
               args.batch_size or ("16" if drawn else "4"),
               "--evaluate-images", args.evaluate_images]
     common += ["--sbd", args.sbd] if args.sbd else []
+    common += ["--labels", args.labels.capitalize()] if args.labels else []
 
     def train(stage, folder, iterations, rate, *more):
         # as often over the whole run, and right after 20 iterations of further training
@@ -62,15 +82,47 @@ def commands(args, seed):
                 [*common, "--stage", stage, "--iterations", str(iterations), "--rate", str(rate),
                  "--evaluate-every", str(every), *more, "--out", folder, "--resume"])
 
+    def search(start, folder):
+        return (os.path.join(folder, "searched_val.npz"),
+                [*common, "--stage", "search", "--weights", start, "--out", folder, "--resume"])
+
     further = int(args.further)
     yield train("unary", out, int(args.iterations), 2 if drawn else 1,
                 *(["--weights", args.weights] if args.weights else []))
     yield train("unary", control, further, args.rate,
                 "--weights", os.path.join(out, "unary.npz"))
-    yield train("local", out, further, args.rate)
-    yield train("piecewise", out, min(60, further), args.rate / 5)
+    if not args.labels:
+        yield train("piecewise", out, min(60, further), args.rate / 5)
+        yield train("piecewise", control, min(60, further), args.rate / 5)
     yield train("joint", out, further, args.rate)
+    yield search(os.path.join(control, "unary.npz"), control)
+    yield search(os.path.join(out, "joint.npz"), os.path.join(out, "joint_searched"))
+    # once more with the untrained CRF, which files of earlier versions lack
+    yield None, [*common, "--stage", "eval", "--out", control]
     yield None, [*common, "--stage", "eval", "--out", out, "--also", control]
+    if not args.labels:
+        yield train("local", out, further, args.rate, "--also", control)
+
+
+def report(out, seeds):
+    """All columns of each seed, and differences with 95% intervals, for each seed and over all."""
+    tables = []
+    for seed in seeds:
+        table = {}
+        for name, (stage, method) in COLUMNS.items():
+            path = os.path.join(out, str(seed), f"{stage}_val.npz")
+            if os.path.exists(path):
+                with np.load(path) as counts:
+                    table[name] = counts[method]
+        tables.append(table)
+        print(f"seed {seed}:", ", ".join(f"{name} {mean_iou(each.sum(axis=0)):.1f}"
+                                         for name, each in table.items()))
+    for a, b in PAIRS:
+        there = {seed: table for seed, table in zip(seeds, tables) if {a, b} <= table.keys()}
+        for seed, table in there.items():
+            print(f"seed {seed}: {difference([table], a, b)}")
+        if there:
+            print(f"{len(there)} seeds: {difference([*there.values()], a, b)}")
 
 
 def main(arguments=None):
@@ -89,6 +141,7 @@ def main(arguments=None):
         code = run_voc.main(command)
         if code:
             return code
+    report(args.out, args.seeds)
     print(f"[{time.monotonic() - began:.0f} s] done: see table.txt, curves.png and panels in "
           f"{', '.join(os.path.join(args.out, str(seed)) for seed in args.seeds)}")
     return 0

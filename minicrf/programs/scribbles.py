@@ -1,0 +1,38 @@
+"""Scribbles or clicks of full labels, such as VOC's: what --labels of run_voc.py takes.
+
+    python -m minicrf.programs.scribbles VOC2012/SegmentationClass VOC2012/Scribbles
+    python -m minicrf.programs.scribbles VOC2012/SegmentationClass VOC2012/Clicks --clicks
+"""
+import os
+import sys
+
+from tqdm import tqdm
+
+from ..data import scribbles, voc
+from .program import Parser, path, run_program
+
+
+def make(args):
+    names = sorted(name for name in os.listdir(args.source) if name.endswith(".png"))
+    if not names:
+        raise ValueError(f"{args.source}: no label pictures (.png) in it")
+    os.makedirs(args.target, exist_ok=True)
+    if os.path.samefile(args.source, args.target):
+        raise ValueError(f"{args.target}: would replace the full labels; name another folder")
+    for name in tqdm(names, "scribbles", unit="image", disable=None):
+        labels = voc.read_labels(os.path.join(args.source, name))
+        voc.save_labels(os.path.join(args.target, name), scribbles.weaken(labels, args.clicks))
+    return 0
+
+
+def main(arguments=None):
+    parser = Parser(prog="python -m minicrf.programs.scribbles",
+                    description="Weak labels made of full ones, for run_voc.py --labels.")
+    parser.add_argument("source", type=path, help="a folder of label PNGs")
+    parser.add_argument("target", type=path, help="the folder to write those of the same names to")
+    parser.add_argument("--clicks", action="store_true", help="one dot in each region, not a line")
+    return run_program("scribbles", make, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
