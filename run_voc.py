@@ -274,8 +274,8 @@ def train(args, data, stage, device):
             optimiser.scale = 0.1 if iteration > args.drop * end else 1.0
             with undisturbed():
                 unsaved = False                                          # no half steps
-                loss = training.checked_step(model, optimiser, batch, args.seed, iteration,
-                                             args.micro_batch)
+                loss = training.train_step(model, optimiser, batch, args.seed, iteration,
+                                           args.micro_batch)
                 info["iteration"], unsaved = iteration, True
                 log.add(iteration, model.crf, loss=loss, rate=optimiser.scale)
             bar.set_postfix_str(f"loss {loss:.3f}")

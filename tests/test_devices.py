@@ -361,7 +361,7 @@ def test_training_steps(xp, stage, dtype):
     for device in ("cpu", "gpu"):
         model, batch = model_and_batch(device, crf=stage != "unary", dtype=dtype)
         optimiser = training.optimizer(model, stage, list(model.net.layers), rate=0.1)
-        each = [float(training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2))
+        each = [training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2)
                 for iteration in (1, 2)]
         results.append((np.array(each), optimiser))
     (expected_losses, expected), (found_losses, found) = results

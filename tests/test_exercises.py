@@ -133,7 +133,7 @@ MORE = {
         "local-truth-dropped": ("self._b - self._b_y", "self._b"),
         "local-dw-truth-dropped": ("d = P - P_y", "d = P"),
         "local-dw-contrast-dropped": ("contrast * d", "d"),
-        "local-labelled-forgotten": ("dloss / self._labelled", "dloss"),
+        "local-labelled-forgotten": ("(self._b - self._b_y) / self._labelled", "self._b - self._b_y"),
     },
     "localcrf._sweep": {
         "local-rho-forgotten": ("z[i + 1] += rho * (m", "z[i + 1] += (m"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from minicrf import DenseCRF, FeatureCRF, LocalCRF, learn, permutohedral, scores_from_labels
-from minicrf.losses import softmax
+from minicrf.losses import softmax, softmax_loss
 from minicrf.scores import scores_from_probabilities
 
 rng = np.random.default_rng(0)
@@ -28,11 +28,21 @@ def test_labels_are_checked_before_anything_is_learned(labels, message):
     assert crf.params["w"].tolist() == [3, 10]
 
 
-def test_labels_of_the_loss_of_local_factors_are_checked():
+@pytest.mark.parametrize("labels, message", [
+    (np.where(VOID_HERE, 7, y), "labels: found 7"),
+    (y.T, r"labels: found shape \(60, 40\)")])
+def test_labels_of_the_loss_of_local_factors_are_checked(labels, message):
     crf = LocalCRF(3)
     crf.forward(f, image)
-    with pytest.raises(ValueError, match="labels: found 7"):
-        crf.loss(np.where(VOID_HERE, 7, y))
+    assert crf.loss(y.ravel()) == crf.loss(y)
+    with pytest.raises(ValueError, match=message):
+        crf.loss(labels)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_labels_of_the_loss_are_checked(wrong):
+    with pytest.raises(ValueError, match=f"labels: found {wrong}, expected 0 to 2"):
+        softmax_loss(f.reshape(-1, 3), np.where(VOID_HERE, wrong, y).ravel())
 
 
 def test_255_cannot_be_void_and_a_class():

@@ -110,7 +110,7 @@ def test_ctrl_c_and_sigterm_end_in_one_line_and_130(toy_set, whole, tmp_path, si
 
 
 def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch, capsys):
-    real = run_voc.training.checked_step
+    real = run_voc.training.train_step
 
     def step(model, optimiser, batch, seed, iteration, *more):
         if iteration == 3:
@@ -118,7 +118,7 @@ def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch,
         return real(model, optimiser, batch, seed, iteration, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_voc.training, "checked_step", step)
+        patch.setattr(run_voc.training, "train_step", step)
         assert run_voc.main(options(toy_set, tmp_path)) == 130
     assert "unary: saved after iteration 3" in capsys.readouterr().out
     assert len(logs.read_log(tmp_path / "log.csv")) == 3
@@ -138,7 +138,7 @@ def test_ctrl_c_in_an_import_leaves_no_traceback(toy_set, tmp_path):
 def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path, monkeypatch,
                                                         capsys, folder, name, iteration):
     """Of the validation list when it comes to the first evaluation; of the training list later."""
-    real = run_voc.training.checked_step
+    real = run_voc.training.train_step
     root, out = tmp_path / "set", tmp_path / "out"
     shutil.copytree(toy_set, root)
     picture = root / folder / name
@@ -149,7 +149,7 @@ def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_voc.training, "checked_step", step)
+        patch.setattr(run_voc.training, "train_step", step)
         if iteration == 1:                         # pictures are read ahead: no time for that here
             patch.setattr(run_voc.loading, "ahead", lambda f, arguments, *_: (
                 f(*each) for each in arguments))

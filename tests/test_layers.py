@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minicrf.gradcheck import numerical_gradient, relative_error
-from minicrf.im2col import blocks, columns, read, write
+from minicrf.im2col import columns, read, tiles, write
 from minicrf.layers import BilinearUpsample, Conv2d, Dropout, Layer, MaxPool2d, ReLU, Sequential
 
 # kernel, dilation, padding: conv1-4, conv5, fc6 of tiny, largefov and vgg16, fc7; then odd ones
@@ -158,26 +158,26 @@ def test_conv_is_drawn_as_he_et_al():
     assert not Conv2d(50, 80, 3).params["b"].any()
 
 
-# --- blocks of columns ---------------------------------------------------------------------------
+# --- tiles of columns ----------------------------------------------------------------------------
 
-BIG = (2, 540, 41, 43)       # columns this long come in blocks of a few rows, the last one shorter
-MANY = (10, 3, 6, 5)         # maps this small come in blocks of a few images, the last one smaller
+BIG = (2, 540, 41, 43)       # columns this long come in tiles of a few rows, the last one shorter
+MANY = (10, 3, 6, 5)         # maps this small come in tiles of a few images, the last one smaller
 
 
 @pytest.mark.parametrize("shape", [BIG, MANY])
 @pytest.mark.parametrize("kernel, dilation, padding",
                          [(3, 1, 1), (3, 2, 2), (3, 1, 0), (2, 3, 1), (1, 1, 1), (1, 1, 0)])
-def test_blocks_cover_every_output_cell_once_with_its_taps(kernel, dilation, padding, shape):
+def test_tiles_cover_every_output_cell_once_with_its_taps(kernel, dilation, padding, shape):
     x = random(*shape).astype(np.float32)
     B, C, H, W = shape
     reach = (kernel - 1) * dilation
     around = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     y = np.zeros((B, 1, H + 2 * padding - reach, W + 2 * padding - reach), np.float32)
     sizes = set()
-    for block in blocks(y, C * kernel * kernel):
-        images, rows = block
-        under = columns(x, block, kernel, dilation, padding)
-        write(y, block, read(y, block) + 1)
+    for tile in tiles(y, C * kernel * kernel):
+        images, rows = tile
+        under = columns(x, tile, kernel, dilation, padding)
+        write(y, tile, read(y, tile) + 1)
         sizes.add(under.shape[1])
         assert under.dtype == x.dtype
         cells = [(b, h, v) for b in range(B)[images] for h in range(y.shape[2])[rows]
@@ -188,18 +188,18 @@ def test_blocks_cover_every_output_cell_once_with_its_taps(kernel, dilation, pad
             taps = around[b, :, h:h + reach + 1:dilation, v:v + reach + 1:dilation]
             assert np.array_equal(under[:, column], taps.ravel())
     assert (y == 1).all()
-    assert len(sizes) > 1 or kernel == 1, "the last block should be smaller than the others"
+    assert len(sizes) > 1 or kernel == 1, "the last tile should be smaller than the others"
 
 
 def test_read_and_write_agree_on_the_order_of_cells():
     y, copy = random(*MANY), np.zeros(MANY)
-    for block in blocks(y, 27):
-        write(copy, block, read(y, block))
+    for tile in tiles(y, 27):
+        write(copy, tile, read(y, tile))
     assert np.array_equal(copy, y)
 
 
 @pytest.mark.parametrize("kernel, dilation, padding", [(3, 1, 1), (3, 2, 2), (2, 3, 1)])
-def test_conv_over_several_blocks(kernel, dilation, padding):
+def test_conv_over_several_tiles(kernel, dilation, padding):
     """The convolution is linear in x and in w: dot tests tell everything about its backward."""
     layer, x = conv(BIG[1], 3, kernel, dilation, padding), random(*BIG)
     w = layer.params["w"]

@@ -212,15 +212,13 @@ def test_a_picture_turned_over_gives_the_same_turned_over():
             np.testing.assert_allclose(a, e, atol=1e-12)
 
 
-def test_gradients_accumulate_and_follow_the_chain_rule():
+def test_gradients_accumulate():
     f, image, y = example(3, 4)
     crf = converged(rho=0.5)
     _, df, dw = loss_and_gradients(crf, f, image, y)
-    crf.forward(f, image)
-    crf.loss(y)
-    np.testing.assert_allclose(crf.backward(0.25), df / 4, rtol=1e-15)
-    crf.backward()
-    np.testing.assert_allclose(crf.grads["w"], 1.25 * dw, rtol=1e-15)
+    for _ in range(2):
+        np.testing.assert_allclose(crf.backward(), df, rtol=1e-15)
+    np.testing.assert_allclose(crf.grads["w"], 2 * dw, rtol=1e-15)
 
 
 def test_forbidden_labels_and_rewards_beyond_measure_stay_finite():

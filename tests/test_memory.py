@@ -7,7 +7,7 @@ import strict_cupy
 
 from minicrf import arrays, optim, vgg
 from minicrf.arrays import BLAS_HAS_THREADS, PIECE_BYTES, SMALL, THREADS, array_module
-from minicrf.im2col import blocks
+from minicrf.im2col import tiles
 from minicrf.layers import Conv2d, Dropout, MaxPool2d
 
 
@@ -21,9 +21,9 @@ def training_bytes(net, batch_size):
     xp, item = array_module(fc8), fc8.itemsize
 
     def products(C_out, C_in, S, layer):
-        """Bytes of the blocks in work, each with columns, what they are of and a result; sums."""
+        """Bytes of the tiles in work, each with columns, what they are of and a result; sums."""
         y = xp.broadcast_to(fc8[:1, :1, :1, :1], (batch_size, C_out, S, S))
-        every = blocks(y, C_in * layer.kernel ** 2)
+        every = tiles(y, C_in * layer.kernel ** 2)
         images, rows = every[0]
         cells = (images.stop - images.start) * S * (rows.stop - rows.start)
         parts = min(4 if xp is np else 1, len(every))

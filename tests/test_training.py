@@ -152,7 +152,7 @@ def test_dropout_masks_are_named_by_seed_iteration_and_first_image(monkeypatch):
 
 def step(model, stage="joint", rate=0.1, iteration=1):
     optimiser = training.optimizer(model, stage, [], rate=rate)
-    return training.checked_step(model, optimiser, batch(model, 2), 0, iteration)
+    return training.train_step(model, optimiser, batch(model, 2), 0, iteration)
 
 
 def test_learning_rate_0_changes_nothing():
@@ -281,7 +281,7 @@ def test_any_number_of_threads_trains_the_same_network(toy_set, monkeypatch):
         model = training.Model(vgg.build("tiny", 6), (100., 110., 120.), DenseCRF(6), scale=60)
         optimiser = training.optimizer(model, "joint", [], rate=0.1)
         batches = loading.batches(data, 2, 0, model.resized)
-        losses = [float(training.train_step(model, optimiser, next(batches), 0, i))
+        losses = [training.train_step(model, optimiser, next(batches), 0, i)
                   for i in (1, 2, 3)]
         batches.close()
         results.append((losses, {key: p.copy() for key, p in optimiser.params.items()}))
