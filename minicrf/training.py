@@ -150,8 +150,9 @@ def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
         optimiser.step()
         if model.crf is not None:
             model.crf.project()
-        check_finite(float(loss), optimiser.params)
-        return float(loss)
+        loss = float(loss)
+        check_finite(loss, optimiser.params)
+        return loss
     except ValueError as error:              # also from the CRF: its scores, its sigmas
         raise FloatingPointError(f"iteration {iteration}: {error}; checkpoints written before are "
                                  "kept; try a smaller --rate") from None
