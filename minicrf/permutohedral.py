@@ -200,20 +200,10 @@ def _corners(n, ranks):
     ranks = xp.take(ranks, member, axis=1)                                   # (d+1, s)
     words = words[member]                                                    # (s,)
 
-    def corners_of(some):
-        r = xp.asarray(some, dtype=ranks.dtype)[:, None]
-        at = words + sum((rank < r) * step for rank, step in zip(ranks, steps))
-        points, corners, _ = _distinct(at.ravel())
-        return points, corners.reshape(len(some), -1)
-
-    if xp is not np:
-        points, corners = corners_of(range(d + 1))                           # (P,), (d+1, s)
-    else:
-        # each r by itself, in threads: corners of different r are never one point
-        points, corners = zip(*for_each(corners_of, [[r] for r in range(d + 1)], ranks))
-        firsts = np.cumsum([0] + [len(some) for some in points])
-        points, places, _ = _distinct(np.concatenate(points))
-        corners = np.concatenate([places[first + each] for first, each in zip(firsts, corners)])
+    r = xp.arange(d + 1, dtype=ranks.dtype)[:, None]
+    corners = words + sum((rank < r) * step for rank, step in zip(ranks, steps))         # (d+1, s)
+    points, corners, _ = _distinct(corners.ravel())
+    corners = corners.reshape(d + 1, -1)
     return xp.take(xp.ascontiguousarray(corners.T), numbers, axis=0), points, steps
 
 
@@ -232,7 +222,7 @@ def _units(spans):
 def _distinct(words):
     """The distinct words, sorted (P,); the number among them of each word (n,); where they are."""
     xp = array_module(words)
-    order = _order(words)                                 # (n,)
+    order = words.argsort()                               # (n,)
     words = words[order]
     new = xp.ones(len(words), dtype=bool)
     new[1:] = words[1:] != words[:-1]
@@ -240,19 +230,6 @@ def _distinct(words):
     numbers[order] = xp.cumsum(new, dtype=np.int32) - 1
     first = xp.flatnonzero(new)                           # (P,)
     return words[first], numbers, order[first]
-
-
-def _order(words):
-    """The places of the words in sorted order, of equal ones the first first: (n,)."""
-    if array_module(words) is not np:
-        return words.argsort()
-    # NumPy sorts 16 bits in linear time: so digit by digit, the lowest first
-    keys = (words - words.min()).view(np.uint64)
-    order = np.argsort(keys.astype(np.uint16), kind="stable")
-    for shift in range(16, int(keys.max()).bit_length(), 16):
-        digits = (keys[order] >> np.uint64(shift)).astype(np.uint16)
-        order = order[np.argsort(digits, kind="stable")]
-    return order
 
 
 def _self_response(weights):
