@@ -46,8 +46,8 @@ def test_distinct_words():
 @pytest.mark.parametrize("offset", [0, 2**26])
 def test_steps_lead_from_point_to_point_and_around_the_simplex(offset):
     F = features(50, 3, width=2) + offset
-    cells, ranks, _ = permutohedral._simplices(F)
-    corners, points, steps = permutohedral._corners(cells, ranks)
+    simplices, words, steps, ranks, _ = permutohedral._simplices(F)
+    corners, points = permutohedral._corners(simplices, words, steps, ranks)
     assert steps.sum() == 0 and len(set(steps.tolist())) == 4 and (np.diff(points) > 0).all()
     axes = np.argsort(ranks, axis=0)                         # from corner r to r + 1 along axes[r]
     for r in range(4):
