@@ -325,15 +325,8 @@ def test_the_program_ends_with_joint_above_unary():
     assert float(last[2]) > float(last[1]) > 35       # chance and all background are far below
 
 
-# --- Its size -------------------------------------------------------------------------------------
-
-def test_plain_is_short_and_needs_numpy_alone():
-    source = PATH.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    assert len(source.splitlines()) <= 240 and max(map(len, source.splitlines())) <= 100
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 25}
-    assert long == {}
+def test_plain_needs_numpy_alone():
+    tree = ast.parse(PATH.read_text(encoding="utf-8"))
     imports = [ast.unparse(node) for node in ast.walk(tree)
                if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert sorted(imports) == ["from minicrf.data.toy import picture", "import numpy as np"]
