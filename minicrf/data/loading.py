@@ -43,7 +43,8 @@ class DataSet:
         """(problems, notes), lists of lines; a class without a pixel may well be meant: a note."""
         problems, notes = [], []
         for name, ids in (("training", self.train), ("validation", self.val)):
-            where, present = f"{self.root}: the {name} list", set()
+            where = f"{self.root}: the {name} list"
+            present = set()
             for image_id in tqdm(ids, f"check, {name}", unit="image", disable=None):
                 try:
                     present |= {*np.unique(self.load(image_id)[1]).tolist()}
@@ -52,29 +53,24 @@ class DataSet:
             absent = [each for label, each in enumerate(self.classes) if label not in present]
             if present:
                 problems += voc.one_class(where, present)
-            if absent:
+            if present and absent:
                 notes.append(f"{where} has no pixel of {', '.join(absent)}")
         return problems, notes
 
 
-def draws(n, seed, start=0):
-    """Endless (index, mirrored) pairs: shuffled epochs over n images, from draw number `start` on.
-
-    A pure function of (n, seed, draw number), so these numbers are all that resuming needs.
-    """
-    for epoch in itertools.count(start // n):
+def draws(n, seed):
+    """Endless (index, mirrored) pairs: shuffled epochs over n images, the same for a seed."""
+    for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
-        order, mirrored = rng.permutation(n), rng.random(n) < 0.5
-        for i in range(start % n if epoch == start // n else 0, n):
-            yield int(order[i]), bool(mirrored[i])
+        yield from zip(rng.permutation(n).tolist(), (rng.random(n) < 0.5).tolist())
 
 
 def batches(data, batch_size, seed, resized, start=0):
     """Endless batches for training: lists of batch_size (image, labels, resized(image)).
 
     data: a DataSet.  resized: Model.resized.  Shuffled epochs without replacement, each image
-    mirrored left to right or not at random.  After k batches, a new iterator with start + k *
-    batch_size resumes exactly there.
+    mirrored left to right or not at random.  start: images to leave out, those that a run to be
+    resumed has seen.
     """
     def read(index, mirrored):
         image, labels = data.load(data.train[index])
@@ -82,7 +78,8 @@ def batches(data, batch_size, seed, resized, start=0):
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
         return image, labels, resized(image)
 
-    samples = ahead(read, draws(len(data.train), seed, start), 2 * batch_size)
+    arguments = itertools.islice(draws(len(data.train), seed), start, None)
+    samples = ahead(read, arguments, 2 * batch_size)
     while True:
         yield list(itertools.islice(samples, batch_size))
 
