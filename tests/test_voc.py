@@ -66,7 +66,7 @@ def test_class_names_are_vocs_or_those_of_classes_txt(root):
     assert voc.class_names(root) == ["nothing", "boat house"]
     for wrong in (["nothing", "cat", "cat"], ["nothing"], [str(i) for i in range(256)]):
         write_list(root, "classes", wrong)
-        with pytest.raises(ValueError, match=f"classes.txt: found {len(wrong)} class names, "):
+        with pytest.raises(ValueError, match=f"classes.txt: found {len(wrong)} names, "):
             voc.class_names(root)
 
 

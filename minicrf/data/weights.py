@@ -104,23 +104,23 @@ def fill(net, weights, path):
     net: on the CPU.  weights: as read_weights returns them; path: for messages.  A fully connected
     layer that is absent stays as drawn; a convolution must be there, and every shape must fit.
     `largefov` takes the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab
-    did.  Raises ValueError before anything is copied.
+    did.  Raises ValueError.
     """
     missing = list(dict.fromkeys(key[:-2] for key in net.params if key not in weights))
     convolutions = [name for name in missing if name.startswith("conv")]
     if convolutions:
         raise ValueError(f"{path}: {', '.join(convolutions)} missing, but all convolutions of a "
                          "16-layer VGG net are needed")
-    chosen = {key: weights[key] for key in net.params if key[:-2] not in missing}
-    for key, values in chosen.items():
-        shape = net.params[key].shape
+    for key, p in net.params.items():
+        if key[:-2] in missing:
+            continue
+        values = weights[key]
         if net.preset == "largefov" and key[:-2] in FULLY_CONNECTED:
-            chosen[key] = values = subsample(values, shape)
-        if values.shape != shape:
+            values = subsample(values, p.shape)
+        if values.shape != p.shape:
             raise ValueError(f"{path}: {key}: shape {values.shape} does not fit --net "
-                             f"{net.preset}, which has {shape}")
-    for key, values in chosen.items():
-        net.params[key][...] = values
+                             f"{net.preset}, which has {p.shape}")
+        p[...] = values
     return missing
 
 
