@@ -102,13 +102,15 @@ def sbd(tmp_path, root):
     (folder / "val.txt").write_text("s_1\n")
     for i in ("s_1", "s_2", "a_1", "b_1"):
         scipy.io.savemat(folder / "cls" / f"{i}.mat", {"GTcls": {"Segmentation": labels}})
-    for i in ("s_1", "s_2"):
-        write_image(image_of(root, i), labels)
+    (folder / "img").mkdir()
+    write_image(folder / "img" / "s_1.jpg", labels)               # and s_2 is among VOC's
+    write_image(image_of(root, "s_2"), labels)
     return folder
 
 
 def test_training_list_is_voc_and_sbd_without_voc_val(root, sbd):
     assert voc.image_list(root, "train", sbd) == [*TRAIN, "s_2", "s_1"]
+    assert voc.image_list(root, "train", sbd.parent) == [*TRAIN, "s_2", "s_1"]
     assert voc.image_list(root, "val", sbd) == VAL
     assert check(root, sbd)[0] == []
     image, labels = voc.load(root, "s_1", sbd)
@@ -120,7 +122,7 @@ def test_training_list_is_voc_and_sbd_without_voc_val(root, sbd):
 
 
 def test_sbd_as_a_folder_of_pngs(root, sbd, tmp_path):
-    folder = tmp_path / "SegmentationClassAug"
+    folder = sbd / "SegmentationClassAug"
     folder.mkdir()
     for i in ("s_2", "s_1", "a_1", "b_1"):
         voc.save_labels(folder / f"{i}.png", np.full((5, 6), 3, np.uint8))
@@ -136,12 +138,20 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
             voc.image_list(root, "train", folder)
     (sbd / "cls" / "s_1.mat").write_bytes(b"no .mat file")
     scipy.io.savemat(sbd / "cls" / "s_2.mat", {"GTcls": {"Segmentation": np.full((5, 6), 300)}})
-    for name in ("s_1", "s_2"):
+    scipy.io.savemat(sbd / "cls" / "a_3.mat", {"GTinst": {"Segmentation": np.full((5, 6), 1)}})
+    write_image(image_of(root, "a_3"), np.zeros((5, 6), np.uint8))
+    for name in ("s_1", "s_2", "a_3"):
         with pytest.raises(ValueError, match=f"{name}.mat: "):
             voc.load(root, name, sbd)
     (sbd / "val.txt").unlink()
     with pytest.raises(FileNotFoundError, match="dataset/val.txt"):
         voc.image_list(root, "train", sbd)
+
+
+def test_an_id_that_leads_out_of_the_folder_is_refused(root):
+    write_list(root, "val", ["../../b_1"])
+    with pytest.raises(ValueError, match=r"val.txt: '../../b_1' is no image id"):
+        voc.image_list(root, "val")
 
 
 def test_a_photograph_is_not_turned_as_its_labels_are_not(root):

@@ -46,22 +46,23 @@ def image_list(root, split, sbd=None):
     """The image ids of a split, "train" or "val", each once, in a fixed order.
 
     With sbd the training list is (VOC train + SBD train + SBD val) minus VOC val: 10582 images on
-    the full data.  sbd: SBD's dataset folder, which holds cls, or a folder of label PNGs, such as
-    SegmentationClassAug.
+    the full data.  sbd: SBD's benchmark_RELEASE or dataset folder (labels as .mat files), or
+    SegmentationClassAug (as PNGs) or the folder that holds it.
     """
     lists = pathlib.Path(root) / LISTS
     ids = _lines(lists / f"{split}.txt")
     if sbd is not None and split == "train":
-        sbd = pathlib.Path(sbd)
-        if (sbd / "cls").is_dir():
-            more = _lines(sbd / "train.txt") + _lines(sbd / "val.txt")
+        folder = _sbd_labels(sbd)
+        if folder.name == "cls":
+            more = _lines(folder.parent / "train.txt") + _lines(folder.parent / "val.txt")
         else:
-            more = sorted(path.stem for path in sbd.glob("[!.]*.png"))
-        if not more:
-            raise FileNotFoundError(f"{sbd}: neither SBD's dataset folder (cls, train.txt, "
-                                    "val.txt) nor SegmentationClassAug with label PNGs")
+            more = sorted(path.stem for path in folder.glob("[!.]*.png"))
         val = {*_lines(lists / "val.txt")}
         ids = [image_id for image_id in ids + more if image_id not in val]
+    for image_id in ids:
+        if os.path.basename(image_id) != image_id:           # files are written under these names
+            raise ValueError(f"{lists / split}.txt: {image_id!r} is no image id, such as "
+                             "2007_000032, without folder")
     return list(dict.fromkeys(ids))
 
 
@@ -76,7 +77,9 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES), weak=None):
     images = [root / "JPEGImages" / f"{image_id}{ending}" for ending in (".jpg", ".png")]
     paths = [root / (weak or "SegmentationClass") / f"{image_id}.png"]
     if sbd is not None and weak is None:
-        paths += [pathlib.Path(sbd, "cls", f"{image_id}.mat"), pathlib.Path(sbd, f"{image_id}.png")]
+        folder = _sbd_labels(sbd)
+        images.append(folder.parent / "img" / f"{image_id}.jpg")
+        paths.append(folder / f"{image_id}{'.mat' if folder.name == 'cls' else '.png'}")
     # not turned: labels go with the pixels as they are stored
     image = read_photograph(_first(images), upright=False)
     path = _first(paths)
@@ -91,7 +94,10 @@ def load(root, image_id, sbd=None, n_classes=len(CLASS_NAMES), weak=None):
 def read_labels(path):
     """Labels (H, W): the values, not the colours, of a PNG; or GTcls.Segmentation of SBD's .mat."""
     if path.suffix == ".mat":
-        return read_mat(path)["GTcls"]["Segmentation"][0, 0]
+        try:
+            return read_mat(path)["GTcls"]["Segmentation"][0, 0]
+        except (KeyError, IndexError):
+            raise ValueError(f"{path}: no GTcls.Segmentation in it, as in SBD's files") from None
     picture = open_picture(path, "label picture")
     if picture.mode not in ("P", "L"):
         raise ValueError(
@@ -134,6 +140,16 @@ def _lines(path):
     if not lines:
         raise ValueError(f"{path}: empty, or no UTF-8 text; a list holds one name a line")
     return lines
+
+
+def _sbd_labels(sbd):
+    """The folder of SBD's labels: cls with .mat files, or one with PNGs."""
+    sbd = pathlib.Path(sbd)
+    for folder in (sbd / "dataset" / "cls", sbd / "cls", sbd / "SegmentationClassAug", sbd):
+        if folder.is_dir() and (folder.name == "cls" or any(folder.glob("[!.]*.png"))):
+            return folder
+    raise FileNotFoundError(f"{sbd}: neither SBD's dataset folder (cls, img, train.txt, val.txt) "
+                            "nor SegmentationClassAug with label PNGs")
 
 
 def _first(paths):
