@@ -133,7 +133,7 @@ def test_sbd_as_a_folder_of_pngs(root, sbd, tmp_path):
 
 
 def test_broken_sbd_is_named(root, sbd, tmp_path):
-    for folder in (tmp_path / "nowhere", tmp_path):
+    for folder in (tmp_path / "nowhere", root):
         with pytest.raises(FileNotFoundError, match=f"{folder}: neither SBD's dataset folder"):
             voc.image_list(root, "train", folder)
     (sbd / "cls" / "s_1.mat").write_bytes(b"no .mat file")
@@ -148,9 +148,9 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
         voc.image_list(root, "train", sbd)
 
 
-def test_an_id_that_leads_out_of_the_folder_is_refused(root):
-    write_list(root, "val", ["../../b_1"])
-    with pytest.raises(ValueError, match=r"val.txt: '../../b_1' is no image id"):
+def test_a_list_of_paths_is_no_list_of_ids(root):
+    write_list(root, "val", ["/JPEGImages/a_1.jpg /SegmentationClassAug/a_1.png"])
+    with pytest.raises(ValueError, match=r"val.txt: '/JPEG.*png' is no image id"):
         voc.image_list(root, "val")
 
 
@@ -195,13 +195,12 @@ def test_labels_of_another_depth_are_refused(root, mode):
 
 
 def test_check_reports_every_broken_image_at_once(root):
-    write_list(root, "train", [*TRAIN, "gone", "/JPEGImages/a_1.jpg /SegmentationClassAug/a_1.png"])
+    write_list(root, "train", [*TRAIN, "gone"])
     image_of(root, "a_2").unlink()
     labels_of(root, "b_1").write_bytes(b"")
     lines, _ = check(root)
-    assert len(lines) == 4
-    for words in ("JPEGImages/gone.jpg", "JPEGImages/a_2.jpg", "SegmentationClass/b_1.png",
-                  "/JPEGImages/a_1.jpg /SegmentationClassAug/a_1.png.jpg: found no such file"):
+    assert len(lines) == 3
+    for words in ("JPEGImages/gone.jpg", "JPEGImages/a_2.jpg", "SegmentationClass/b_1.png"):
         assert sum(words in line for line in lines) == 1
 
 
