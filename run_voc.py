@@ -212,7 +212,8 @@ def start_model(args, data, start, stage, device):
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
     images, labels = zip(*map(data.load, data.train[:4]))
-    for line in voc.one_class(f"{args.voc}: the first training images", voc.count_labels(labels)):
+    present = {*np.unique(np.concatenate([each.ravel() for each in labels])).tolist()}
+    for line in voc.one_class(f"{args.voc}: the first training images", present):
         print(f"warning: {line}; --check looks at all")
     vgg.scale_fresh(net, fresh, model.inputs([model.resized(image) for image in images]))
     return model, fresh
@@ -362,8 +363,7 @@ def run(args):
             print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
             toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
         if args.check:
-            notes = []
-            problems = voc.check(args.voc, args.sbd, notes, args.labels)
+            problems, notes = loading.DataSet(args.voc, args.sbd, args.labels).check()
             print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
             return 2 if problems else 0
         train_or_measure(args, device)

@@ -210,8 +210,8 @@ def cut_one_image(root):
 
 @pytest.mark.parametrize("change, named", [
     (remove_labels, "SegmentationClass"), (remove_one_label, "train_0001.png"),
-    (shrink_one_label, "train_0001.png: found 5x5 labels"),
-    (raise_one_label, "train_0001.png: found label"), (cut_one_image, "train_0001.jpg")])
+    (shrink_one_label, "train_0001.png: labels: found shape (5, 5)"),
+    (raise_one_label, "train_0001.png: labels: found"), (cut_one_image, "train_0001.jpg")])
 def test_broken_data_ends_in_one_line_and_exit_code_2(toy_set, tmp_path, capsys, change, named):
     root = broken_set(toy_set, tmp_path, change)
     assert run_voc.main(["--voc", str(root), "--net", "tiny", "--out", str(tmp_path / "o"), *FAST,
