@@ -138,9 +138,9 @@ def test_broken_sbd_is_named(root, sbd, tmp_path):
             voc.image_list(root, "train", folder)
     (sbd / "cls" / "s_1.mat").write_bytes(b"no .mat file")
     scipy.io.savemat(sbd / "cls" / "s_2.mat", {"GTcls": {"Segmentation": np.full((5, 6), 300)}})
-    scipy.io.savemat(sbd / "cls" / "a_3.mat", {"GTinst": {"Segmentation": np.full((5, 6), 1)}})
-    write_image(image_of(root, "a_3"), np.zeros((5, 6), np.uint8))
-    for name in ("s_1", "s_2", "a_3"):
+    scipy.io.savemat(sbd / "cls" / "s_3.mat", {"GTinst": {"Segmentation": np.full((5, 6), 1)}})
+    write_image(image_of(root, "s_3"), np.zeros((5, 6), np.uint8))
+    for name in ("s_1", "s_2", "s_3"):
         with pytest.raises(ValueError, match=f"{name}.mat: "):
             voc.load(root, name, sbd)
     (sbd / "val.txt").unlink()
