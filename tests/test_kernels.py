@@ -1,19 +1,17 @@
 """GaussianKernel against dense matrices; finite differences of it are in gradcheck."""
 import numpy as np
 import pytest
+from helpers import random, refused
 from reference import dense
 
 from minicrf import kernels
 from minicrf.kernels import ExactFilter, GaussianKernel
+from minicrf.permutohedral import PermutohedralLattice
 
 N, L, D = 12, 3, 3
 SIGMA = np.array([1.5, 2.0, 0.8])
 OPTIONS = [(normalization, exclude_self) for normalization in ("symmetric", "none")
            for exclude_self in (True, False)]
-
-
-def random(*shape, seed):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 FEATURES, A, B = random(N, D, seed=0), random(N, L, seed=1), random(N, L, seed=2)
@@ -95,10 +93,11 @@ def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
     assert error < tolerance, error
 
 
-def test_exact_filter_scaled_is_what_it_says():
-    exact, s = ExactFilter(FEATURES), random(N, seed=3)
-    np.testing.assert_allclose(exact.scaled(s).filter(B), s[:, None] * exact.filter(s[:, None] * B))
-    np.testing.assert_allclose(exact.scaled(s).diagonal, s * s)
+@pytest.mark.parametrize("kind", [ExactFilter, PermutohedralLattice])
+def test_a_scaled_filter_is_what_it_says(kind):
+    K, s = kind(FEATURES), random(N, seed=3)
+    np.testing.assert_allclose(K.scaled(s).filter(B), s[:, None] * K.filter(s[:, None] * B))
+    np.testing.assert_allclose(K.scaled(s).diagonal, s * s * K.diagonal)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -107,19 +106,14 @@ def test_rows_of_a_filter_are_computed_when_they_are_read(exact):
     np.testing.assert_allclose(message[slice(3, 8)], message[:][3:8], atol=1e-15)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_pixel_far_from_all_others_hears_nothing(exact):
-    far = np.arange(4.0)[:, None] * 1000
-    kernel = GaussianKernel(far, [1.0], exact=exact)
-    np.testing.assert_allclose(kernel.filter(B[:4]), 0, atol=1e-12)
-
-
 def test_dtype_follows_the_features():
     for exact in (True, False):
         kernel = GaussianKernel(FEATURES.astype(np.float32), SIGMA, exact=exact)
         assert kernel.filter(B.astype(np.float32))[:].dtype == np.float32
 
 
-def test_values_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"values: found shape \(5, 3\), expected \(12, any\)"):
-        ExactFilter(FEATURES).filter(B[:5])
+@pytest.mark.parametrize("kind", [ExactFilter, PermutohedralLattice])
+def test_values_of_another_shape_are_refused(kind):
+    for wrong in B[:5], B[:, 0]:
+        with refused(r"values: found shape \(.*, expected \(12, any\)"):
+            kind(FEATURES).filter(wrong)

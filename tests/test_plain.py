@@ -147,18 +147,6 @@ def test_the_parallel_and_the_damped_update(c):
                                    atol=1e-12)
 
 
-def test_two_pixels_swap_labels_for_ever_and_the_damped_update_settles():
-    f, K, W = np.array([[1, 0], [0, 1.2]]), np.array([[[0., 1], [1, 0]]]), 6 * np.eye(2)[None]
-    def course(c):
-        return np.array([kl(np.exp(plain.mean_field(f, K, W, T, c)[0]), f, K, W)
-                         for T in range(40)])
-    swinging, settling = course(0), course(6)         # c = w lambda_max(I): the bound of CCCP
-    assert np.ptp(swinging[-2:]) > 1
-    assert (np.diff(settling) < 1e-12).all() and abs(np.diff(settling)[-1]) < 1e-9
-    q = np.exp(plain.mean_field(f, K, W, 200, 6)[0])
-    np.testing.assert_allclose(q, plain.softmax(f + K[0] @ q @ W[0]), atol=1e-9)
-
-
 @pytest.mark.parametrize("c", [0, 2])
 def test_back_tracking(c):
     """By finite differences: of K itself the engine has no gradient."""
