@@ -1,11 +1,12 @@
 """GaussianKernel against dense matrices; finite differences of it are in gradcheck."""
 import numpy as np
 import pytest
-from helpers import random, refused
+from helpers import drawn, random, refused
 from reference import dense
 
 from minicrf import kernels
 from minicrf.kernels import ExactFilter, GaussianKernel
+from minicrf.losses import softmax
 from minicrf.permutohedral import PermutohedralLattice
 
 N, L, D = 12, 3, 3
@@ -70,23 +71,14 @@ def test_shape_gradient_in_float32_survives_cancellation(width, tolerance):
     np.testing.assert_allclose(got, expected, rtol=tolerance)
 
 
-def drawn(h, w):
-    """Features (N, 5) of a smooth drawn image, position and colour, and marginals (N, 4)."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:h, :w]
-    waves = np.stack([np.sin(x * fx + phase) * np.cos(y * fy)
-                      for fx, fy, phase in rng.uniform(0.02, 0.2, (7, 3))])  # (7, h, w)
-    colour = 128 + 60 * waves[:3] + rng.normal(0, 3, (3, h, w))
-    colour[:, :, w // 2:] += 40                                          # an edge
-    q = np.exp(3 * waves[3:]).reshape(4, -1).T                           # (N, 4)
-    return np.concatenate([[x, y], colour]).reshape(5, -1).T, q / q.sum(axis=1, keepdims=True)
-
-
 @pytest.mark.parametrize("d, sigma, tolerance", [
     (2, (3, 3), 0.02), (2, (8, 5), 0.03), (5, (20, 20, 13, 13, 13), 0.06),
     (5, (40, 40, 30, 30, 30), 0.06), (5, (80, 80, 13, 13, 13), 0.06)])
 def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
-    features, q = drawn(48, 64)
+    scores, image, _ = drawn()
+    y, x = np.indices(image.shape[:2])
+    features = np.column_stack([x.ravel(), y.ravel(), image.reshape(-1, 3)])         # (N, 5)
+    q = softmax(scores.reshape(-1, 3))
     exact, lattice = (GaussianKernel(features[:, :d], sigma, exact=exact).filter(q)[:]
                       for exact in (True, False))
     error = np.sqrt(((lattice - exact) ** 2).mean() / (exact**2).mean())

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import strict_cupy
-from helpers import refused
+from helpers import example, refused
 
 from minicrf import arrays
 from minicrf.arrays import to_device, to_host
@@ -15,14 +15,6 @@ from minicrf.losses import softmax
 
 SIGMA = 60.
 RHO = pytest.mark.parametrize("rho", [1., 0.5])
-
-
-def example(H, W, L=3, seed=0):
-    """Scores (H, W, L), an image (H, W, 3) and labels (H, W), the first and the last void."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, L, (H, W))
-    y.flat[[0, -1]] = VOID
-    return rng.standard_normal((H, W, L)), rng.uniform(0, 255, (H, W, 3)), y
 
 
 def converged(L=3, w=(0.4, 0.8), rho=1.):
@@ -95,7 +87,7 @@ def test_half_is_never_under_log_Z():
     rng = np.random.default_rng(1)
     gaps = []
     for seed in range(200):
-        f, image, _ = example(3, 3, L=2 + seed % 2, seed=seed)
+        f, image, _ = example(3, 3, n_labels=2 + seed % 2, seed=seed)
         f *= rng.uniform(0, 3)
         w = rng.uniform(-0.5, 2, 2)
         crf = LocalCRF(f.shape[2], w=w, sigma_contrast=SIGMA, rho=0.5, iterations=100)
@@ -194,7 +186,7 @@ def test_forbidden_labels_and_rewards_beyond_measure_stay_finite():
 
 
 def test_float32_follows_float64_and_input_is_left_alone():
-    f, image, y = example(20, 30, L=5)
+    f, image, y = example(20, 30, n_labels=5)
     image, kept = image.astype(np.uint8), f.copy()
     found, expected = [], []
     for results, dtype in ((found, np.float32), (expected, np.float64)):
