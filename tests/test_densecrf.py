@@ -136,6 +136,9 @@ def test_inference_keeps_nothing_and_gives_the_same():
         with pytest.raises(ValueError, match="backward: found no forward pass with train=True"):
             asked()
     np.testing.assert_array_equal(crf.forward(scores, image), found)
+    kept = crf.state
+    crf.forward(2 * scores, image, train=False)
+    assert crf.state is kept
 
 
 # Signals, photographs, volumes

@@ -41,18 +41,6 @@ def shape_gradient(kernel, a, b):
     return kernel.backward([a], [[kernel.filter_transpose(a)]], [b], np.array(1.))[1]
 
 
-def test_steps_one_by_one_give_what_they_give_side_by_side():
-    A_t, B_t = ([random(N, L, seed=seed + t) for t in range(3)] for seed in (1, 4))
-    matrix = random(L, L, seed=7)
-    for W in (np.array(2.), matrix + matrix.T):
-        kernel = GaussianKernel(FEATURES, SIGMA)
-        K_A = [kernel.filter_transpose(a) for a in A_t]
-        apart = kernel.backward(A_t, [[each] for each in K_A], B_t, W)
-        together = kernel.backward([np.hstack(A_t)], [K_A], [np.hstack(B_t)], W)
-        for a, b in zip(together, apart):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
 def test_shape_gradient_in_float32_bears_features_far_from_zero():
     shifted = (FEATURES + np.array([1000, -2000, 500])).astype(np.float32)
     expected, got = (shape_gradient(GaussianKernel(f, SIGMA, exact=True), A, B)

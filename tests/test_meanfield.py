@@ -117,16 +117,6 @@ def test_two_forward_passes_before_one_way_back_each_with_its_own_state():
     np.testing.assert_array_equal(crf.backward(states[1][0]), alone[1][1])     # None: the last
 
 
-def test_inference_in_between_leaves_the_state():
-    scores, _, features, _ = example()
-    crf = feature_crf(POTTS)
-    q = crf.forward(scores, features)
-    kept = crf.state
-    crf.forward(2 * scores, features, train=False)
-    assert crf.state is kept
-    np.testing.assert_allclose(softmax(crf.logits), q, rtol=1e-14)
-
-
 def test_a_shallow_copy_keeps_a_state_of_its_own():
     """By which images are worked on side by side."""
     scores, _, features, _ = example()

@@ -179,21 +179,6 @@ def test_dense_crf():
         np.testing.assert_allclose(fast, twin, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("d", [1, 2, 5])
-def test_a_point_is_the_weighted_mean_of_the_corners_around_it(d):
-    """Which are one of each remainder: coordinates of corner r are all r modulo d + 1."""
-    for F_i in random(20, d):
-        points, weights = plain.simplex(F_i)
-        assert weights.min() >= 0 and abs(weights.sum() - 1) < 1e-12
-        assert points[0] == points[-1] and len(set(points)) == d + 1
-        points = np.array(points)
-        assert (points.sum(axis=1) == 0).all()
-        assert sorted(points[1:, 0] % (d + 1)) == [*range(d + 1)]
-        assert (points % (d + 1) == points[:, :1] % (d + 1)).all()
-        place = weights @ points                      # the map is a similarity
-        np.testing.assert_allclose(place @ place, (F_i @ F_i) * 2 / 3 * (d + 1) ** 2)
-
-
 # --- Both stages ----------------------------------------------------------------------------------
 
 def example_net():
