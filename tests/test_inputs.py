@@ -90,7 +90,7 @@ def test_neighbours_that_agree_overcome_a_wrong_one_hot_row():
 def test_every_crf_comes_back_from_its_file(tmp_path, crf, data):
     path = tmp_path / "crf.npz"
     for p in crf.params.values():
-        p += 0.1                                                         # comes back to the bit
+        p *= 0.1                                                         # comes back to the bit
     crf.save(path)
     again = type(crf).load(path)
     assert all(np.array_equal(again.params[key], p) for key, p in crf.params.items())

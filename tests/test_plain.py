@@ -14,7 +14,7 @@ import pytest
 from helpers import random
 from reference import kl, mean_field
 
-from minicrf import plain
+from minicrf import kernels, plain
 from minicrf.data import toy
 from minicrf.densecrf import DenseCRF
 from minicrf.gradcheck import numerical_gradient, relative_error
@@ -159,8 +159,9 @@ def test_back_tracking(c):
         assert relative_error(gradient, numerical_gradient(lambda _: loss()[0], value)) < 1e-6
 
 
-def test_dense_crf():
+def test_dense_crf(monkeypatch):
     """Marginals, and the gradients of scores, weights and widths."""
+    monkeypatch.setattr(kernels, "PIECE_COLUMNS", 12)    # two of the five steps side by side
     h, w, L = 5, 6, 6
     rng = np.random.default_rng(0)
     f, image, y = random(h, w, L), rng.uniform(0, 255, (h, w, 3)), rng.integers(0, L, h * w)
@@ -170,9 +171,9 @@ def test_dense_crf():
     q = crf.forward(f, image)
     df = crf.backward_logits(softmax_loss(crf.logits.reshape(-1, L), y)[1])
     scores = f.reshape(-1, L)
-    with pytest.MonkeyPatch.context() as patch:       # a network that answers with the scores f
-        patch.setattr(plain, "unary", lambda image, net: (scores, lambda df: [df]))
-        u, backward = plain.joint(image, [], [*crf.params.values()])
+    # a network that answers with the scores f
+    monkeypatch.setattr(plain, "unary", lambda image, net: (scores, lambda df: [df]))
+    u, backward = plain.joint(image, [], [*crf.params.values()])
     np.testing.assert_allclose(np.exp(u), q.reshape(-1, L), atol=1e-12)
     grads = backward(plain.softmax_loss(u, y)[1])
     for fast, twin in zip((df.reshape(-1, L), *crf.grads.values()), grads, strict=True):
