@@ -49,7 +49,7 @@ def test_unknown_device_is_named(device):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own():
-    """As the workers of multiprocessing are on Linux: with the parent's they would wait for ever."""
+    """As workers of multiprocessing are on Linux: with the parent's they would wait for ever."""
     script = """
 import os, sys, warnings
 import numpy as np
