@@ -243,7 +243,7 @@ def begin(args, data, stage, device):
                               "settings": settings, "arguments": vars(args), "iteration": 0}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if arrays:
-        checkpoints.restore(path, arrays, optimiser.velocity, "velocity_")
+        checkpoints.restore(arrays, optimiser.velocity, "velocity_")
     return model, optimiser, info
 
 
@@ -333,7 +333,7 @@ def search_parameters(args, data, device):
     with open(start, "rb") as file:
         settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, args.labels,
                                     data.train, data.val, zlib.crc32(file.read()))).encode())
-    if args.resume and reports.settings_of(args.out, "searched") == settings:
+    if args.resume and reports.counts(args.out, "searched").get("settings") == settings:
         print("searched: done before, nothing to resume")
     else:
         counts = evaluation.cross_fitted(

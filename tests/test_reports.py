@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 import run_voc
-from minicrf import DenseCRF
+from minicrf import DenseCRF, metrics
 from minicrf.data import loading, toy
-from minicrf.results import checkpoints, evaluation, metrics, reports
+from minicrf.results import checkpoints, evaluation, reports
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,8 @@ def test_the_table_shows_every_column_once_and_how_sure_differences_are(trained)
     assert "unary.npz" not in table and table.count("mean IoU  ") == 2
 
 
-def counts(rng, images=2, classes=3):
-    return rng.integers(1, 50, (images, classes, classes))
-
-
-def folder(out, stage, methods, like=None, **changed):
-    """Counts of a stage in a folder, of the same truth as `like`."""
+def folder(out, stage, methods, **changed):
+    """Counts of a stage in a folder, all of the same truth."""
     out.mkdir(exist_ok=True)
     arrays = {"ids": ["a", "b"], "classes": ["x", "y", "z"]}
     for seed, method in enumerate(methods):
@@ -121,9 +117,3 @@ def test_panels_show_what_was_measured(trained, toy_set, tmp_path):
         assert Image.open(out / "panels" / "best.png").width == 10 + 4 * 270
     assert f"joint against joint ({trained.name})" in (tmp_path / "table.txt").read_text()
     assert not (tmp_path / "curves.png").exists()            # nothing was trained here
-
-
-def test_counts_of_an_earlier_version_are_no_obstacle(trained, tmp_path):
-    out = folder(tmp_path / "out", "joint", ["unary", "crf"])
-    np.savez(tmp_path / "out" / "unary_val.npz", ids=["a"], confusion=np.zeros((1, 3, 3)))
-    assert "unary" not in reports.table(out, [], Data, "joint").replace("without", "")
