@@ -45,10 +45,8 @@ def boundary_band(labels, width):
     from scipy.ndimage import maximum_filter, minimum_filter         # only the band needs them
 
     reach = np.arange(-int(width), int(width) + 1) ** 2
-    disc = np.add.outer(reach, reach) <= width ** 2
-    highest, lowest = (extreme(labels, footprint=disc, mode="nearest")
-                       for extreme in (maximum_filter, minimum_filter))
-    return highest != lowest
+    disc = dict(footprint=np.add.outer(reach, reach) <= width ** 2, mode="nearest")
+    return maximum_filter(labels, **disc) != minimum_filter(labels, **disc)
 
 
 def bootstrap_difference(a, b, samples=2000, seed=0):

@@ -42,7 +42,7 @@ def save_crf(path, crf, options):
     options = {name: getattr(crf, name) for name in options}
     text = json.dumps(options, default=lambda number: number.item())         # of NumPy
     with replacing(path, "wb") as file:
-        np.savez(file, options=np.array(text), **crf.params)
+        np.savez(file, options=text, **crf.params)
 
 
 def load_crf(path, build):

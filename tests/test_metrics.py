@@ -11,12 +11,6 @@ def rng():
     return np.random.default_rng(0)
 
 
-def some_labels(rng, shape=(20, 30), n_classes=4):
-    labels = rng.integers(0, n_classes, shape).astype(np.uint8)
-    labels[rng.random(shape) < 0.2] = VOID
-    return labels
-
-
 def test_confusion_has_the_truth_in_rows_and_leaves_void_out():
     labels = np.array([[0, 1, 1], [2, VOID, 1]], np.uint8)
     predictions = np.array([[0, 2, 1], [0, 2, 2]])
@@ -27,7 +21,8 @@ def test_confusion_has_the_truth_in_rows_and_leaves_void_out():
 def test_iou_is_intersection_over_union_of_all_images_together(rng):
     confusion, hits, unions = 0, np.zeros(4), np.zeros(4)
     for _ in range(3):
-        labels, predictions = some_labels(rng), rng.integers(0, 4, (20, 30))
+        labels, predictions = rng.integers(0, 4, (2, 20, 30))
+        labels[rng.random((20, 30)) < 0.2] = VOID
         confusion = confusion + metrics.confusion_matrix(labels, predictions, 4)
         for c in range(4):
             truth, predicted = labels == c, (predictions == c) & (labels != VOID)
@@ -59,10 +54,7 @@ def test_band_is_what_has_another_label_within_reach(rng, width):
     band = metrics.boundary_band(labels, width)
     assert band.dtype == bool and (band == expected).all()
     assert 0 < band.mean() < 0.9
-
-
-def test_a_picture_of_one_label_has_no_band():
-    assert not metrics.boundary_band(np.full((5, 6), 2, np.uint8), 100).any()
+    assert not metrics.boundary_band(np.full((5, 6), 2, np.uint8), 100).any()      # one label
 
 
 def confusions(rng, hit_rates):

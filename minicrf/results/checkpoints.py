@@ -20,7 +20,7 @@ def save(path, model, info, optimiser=None):
     """Write everything a run needs to resume into one file.
 
     info: a dict for JSON (class names, seed, iteration ...); version and preset are added.
-    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
+    Raises OSError, as `replacing` does.
     """
     arrays = {key: to_host(p) for key, p in model.net.params.items()}
     if model.crf is not None:

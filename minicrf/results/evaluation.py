@@ -17,12 +17,10 @@ from . import checkpoints, figures
 
 
 def evaluate(model, samples, n_classes, band=metrics.BAND):
-    """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
+    """Confusion matrices of each image (images, L, L), by method: "unary" and, with one, "crf".
 
-    Sec. 4.2: sum them over the images, then metrics.mean_iou.
-
-    samples: iterable of (image, labels); "crf" is there where the model has one.  "unary_band" and
-    "crf_band" count the pixels within `band` pixels of a class boundary alone (0: left out).
+    samples: (image, labels).  "unary_band" and "crf_band" count the pixels within `band` pixels of
+    a class boundary alone (0: left out).
     """
     counts = collections.defaultdict(list)
     for image, truth in samples:
