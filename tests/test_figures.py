@@ -60,14 +60,14 @@ def texts(monkeypatch):
 
 def test_panel_has_a_column_for_each_method(tmp_path, texts):
     path = tmp_path / "panel.png"
-    figures.panel(path, [row(), row()], voc.CLASS_NAMES, "Title", width=160)
+    figures.panel(path, [row(), row()], voc.CLASS_NAMES, "Title")
     assert [p.name for p in tmp_path.iterdir()] == ["panel.png"]
     picture = pixels(path)
-    assert picture.shape[1] == 10 + 4 * 170
+    assert picture.shape[1] == 10 + 4 * 270
     overlay = np.array(figures.overlay(row()["image"], labels_of_quarters()))
     for colour in (overlay[-1, 0], overlay[-1, -1]):
-        areas = [count(picture[:188, 10 + i * 170:170 + i * 170], colour) for i in range(4)]
-        assert areas[0] == 0 and areas[3] > 500
+        areas = [count(picture[:263, 10 + i * 270:270 + i * 270], colour) for i in range(4)]
+        assert areas[0] == 0 and areas[3] > 1000
         assert areas[2] == areas[3] and areas[1] >= 0.9 * areas[2]
     assert texts[:9] == ["Title", "image", "truth", "unary", "joint", "2007_000001", "", "below",
                          "below"]

@@ -101,14 +101,17 @@ def test_a_stage_measured_on_another_data_set_stays_in_results(trained, toy_set,
 
 
 def test_a_column_that_would_repeat_another_is_left_out(tmp_path):
-    """As piecewise without CRF repeats unary."""
+    """As piecewise without CRF repeats unary; earlier versions left no untrained CRF beside it."""
     out = folder(tmp_path / "out", "unary", ["unary"])
     folder(tmp_path / "out", "piecewise", ["unary", "crf"])
     text = reports.table(out, [], Data, "piecewise")
     assert "piecewise against unary " in text and "without" not in text
+    reports.write(out, "piecewise", reports.counts(out, "piecewise"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "fixed_crf" not in results["unary"] and "before_crf" in results["piecewise"]
 
 
-def test_panels_show_what_was_measured(trained, toy_set, tmp_path):
+def test_panels_show_what_was_measured(trained, toy_set, tmp_path, capsys):
     """Of one checkpoint from elsewhere: image, truth, without CRF, with it."""
     assert run_voc.main(["--voc", str(toy_set), "--out", str(tmp_path), "--stage", "eval", "--also",
                          str(trained), "--weights", str(trained / "joint.npz")]) == 0
@@ -116,4 +119,4 @@ def test_panels_show_what_was_measured(trained, toy_set, tmp_path):
     for out in (tmp_path, trained):
         assert Image.open(out / "panels" / "best.png").width == 10 + 4 * 270
     assert f"joint against joint ({trained.name})" in (tmp_path / "table.txt").read_text()
-    assert not (tmp_path / "curves.png").exists()            # nothing was trained here
+    assert "curves.png" not in capsys.readouterr().out       # nothing was trained here

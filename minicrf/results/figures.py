@@ -34,15 +34,14 @@ def overlay(image, labels):
     return Image.fromarray(blended.round().astype(np.uint8))
 
 
-def panel(path, rows, names, title, width=260):
+def panel(path, rows, names, title):
     """Figures 5 and 6: a row for each image: the photograph, its truth and what methods made of it.
 
     rows: dicts with "image" (H, W, 3) uint8, "labels" (H, W), "name", and "predictions", a dict
     from method, e.g. "unary", to (labels (H, W), what to write below).  names: the L class names.
-    width: of a column, in pixels; small pictures are scaled up.
     """
     columns = ["image", "truth", *rows[0]["predictions"]]
-    gap, line, top = 10, 22, 68
+    gap, line, top, width = 10, 22, 68, 260
     lefts = [gap + i * (width + gap) for i in range(len(columns))]
     heights = [round(width / row["labels"].shape[1] * len(row["labels"])) for row in rows]
     canvas = Image.new("RGB", (lefts[-1] + width + gap,
@@ -80,10 +79,10 @@ def _legend(canvas, left, top, shown, names):
         left += 38 + round(draw.textlength(name, font(15)))
 
 
-def compatibility(path, matrices, names, cell=26):
+def compatibility(path, matrices, names):
     """Matrices of compatibility (M, L, L), side by side: blue rewards, orange penalises."""
     M, L, _ = matrices.shape
-    side = L * cell
+    cell, side = 26, 26 * L
     left = 20 + round(max(font(15).getlength(name) for name in names))
     canvas = Image.new("RGB", (left + M * (side + 20), 60 + side), PAPER)
     draw = ImageDraw.Draw(canvas)
