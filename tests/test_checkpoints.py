@@ -58,17 +58,9 @@ def test_parameters_momentum_and_what_else_is_needed_come_back_to_the_bit(checkp
     assert all(np.array_equal(stored[key], found[key]) for key in found)
 
 
-@pytest.mark.parametrize("name, value, found", [
-    ("seed", 1, "seed 0, expected 1"), ("stage", "piecewise", "stage joint, expected piecewise")])
-def test_other_settings_are_refused(checkpoint, name, value, found):
-    with pytest.raises(ValueError, match=f"joint.npz: found a run with {found}: --resume goes on"):
-        load(checkpoint, {"seed": 0, name: value})
-    load(checkpoint, {"seed": 0, "of a later version": 5})
-
-
-def test_other_classes_are_refused(checkpoint):
-    with pytest.raises(ValueError, match=r"joint.npz: found a network for 4 classes \(a, b, c"):
-        checkpoints.load_model(checkpoint, list("abcde"))
+def test_another_stages_settings_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="a run with stage joint, expected piecewise: --resume"):
+        load(checkpoint, {"seed": 0, "stage": "piecewise"})
 
 
 def changed(checkpoint, path, **info):
