@@ -302,8 +302,8 @@ def evaluate(args, data, model, log):
     row = log.rows[-1]
     row |= evaluation.curve_point(model, data, args.evaluate_images)
     if int(row["iteration"]):                # at 0 an earlier run's rows are all there is
-        log.write()
         figures.curves(os.path.join(args.out, "curves.png"), log.rows)
+        log.write()                          # last: without it --resume does all of this again
     return f"mean IoU {row['miou']:.2f}" + (
         f" ({row['miou_unary']:.2f} without CRF)" if model.crf else "")
 

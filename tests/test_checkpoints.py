@@ -1,4 +1,4 @@
-"""Checkpoints: they come back to the bit; what is none, or another run's, is refused in one line."""
+"""Checkpoints come back to the bit; what is none, or another run's, is refused in one line."""
 import json
 
 import numpy as np

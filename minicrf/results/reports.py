@@ -73,7 +73,8 @@ def report(out, also, data, stage, paths, device):
     names = [*map(os.path.basename, checkpoints.present(out).values()), "results.json", "table.txt"]
     if stage in paths:                   # a stage without a checkpoint predicts nothing to show
         names += panels(out, stage, paths, data, device)
-    names += [name for name in ("log.csv", "curves.png") if os.path.exists(os.path.join(out, name))]
+    names += [name for name in ("log.csv", "curves.png")
+              if os.path.exists(os.path.join(out, name))]
     print(f"in {out}: {', '.join(names)}")
 
 
