@@ -244,7 +244,7 @@ def begin(args, data, stage, device):
                               "settings": settings, "arguments": vars(args), "iteration": 0}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if arrays:
-        checkpoints.restore(path, arrays, optimiser.velocity, "velocity_")
+        checkpoints.restore(arrays, optimiser.velocity, "velocity_")
     return model, optimiser, info
 
 
@@ -303,8 +303,8 @@ def evaluate(args, data, model, log):
     row = log.rows[-1]
     row |= evaluation.curve_point(model, data, args.evaluate_images)
     if int(row["iteration"]):                # at 0 an earlier run's rows are all there is
-        log.write()
         figures.curves(os.path.join(args.out, "curves.png"), log.rows)
+        log.write()                          # last: without it --resume does all of this again
     return f"mean IoU {row['miou']:.2f}" + (
         f" ({row['miou_unary']:.2f} without CRF)" if model.crf else "")
 
@@ -334,7 +334,7 @@ def search_parameters(args, data, device):
     with open(start, "rb") as file:
         settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, args.labels,
                                     data.train, data.val, zlib.crc32(file.read()))).encode())
-    if args.resume and reports.settings_of(args.out, "searched") == settings:
+    if args.resume and reports.counts(args.out, "searched").get("settings") == settings:
         print("searched: done before, nothing to resume")
     else:
         counts = evaluation.cross_fitted(

@@ -401,7 +401,7 @@ def test_checkpoints(xp, tmp_path):
     checkpoints.save(path, model, dict(stage="joint", classes=list("abcd"), iteration=1), optimiser)
     again, content, _ = checkpoints.load_model(path, device="gpu")
     resumed = training.optimizer(again, "joint", [])
-    checkpoints.restore(path, content, resumed.velocity, "velocity_")
+    checkpoints.restore(content, resumed.velocity, "velocity_")
     for key, p in optimiser.params.items():
         assert np.allclose(to_host(resumed.params[key]), to_host(p), rtol=1e-15), key
         assert np.array_equal(to_host(resumed.velocity[key]), to_host(optimiser.velocity[key]))

@@ -21,7 +21,7 @@ from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.kernels import GaussianKernel
 from minicrf.layers import BilinearUpsample, Conv2d, MaxPool2d, ReLU, Sequential
 from minicrf.losses import softmax, softmax_loss
-from minicrf.results.metrics import confusion_matrix, mean_iou
+from minicrf.metrics import confusion_matrix, mean_iou
 from minicrf.optim import SGD
 
 PATH = pathlib.Path(plain.__file__)

@@ -351,7 +351,7 @@ def test_curves_are_drawn_at_every_evaluation(toy_set, tmp_path, monkeypatch):
     assert run_voc.main(["--voc", str(toy_set), "--net", "tiny", "--out", str(tmp_path), "--stage",
                          "unary", "--batch-size", "2", "--iterations", "3", "--evaluate-every", "1",
                          "--evaluate-images", "1"]) == 0
-    assert drawn == [1, 2, 3, 3]                                         # the last by the report
+    assert drawn == [1, 2, 3]
     assert {row["images"] for row in logs.read_log(tmp_path / "log.csv")} == {"1/2"}
 
 
@@ -435,7 +435,7 @@ def test_search_is_a_column_and_is_not_done_twice(trained, tmp_path, toy_set, ca
     assert run_voc.main(options) == 0
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["searched"]
     assert "searched against searched without CRF" in (tmp_path / "table.txt").read_text()
-    assert reports._read(tmp_path, "searched")["crf"].shape == (2, 6, 6)
+    assert reports.counts(tmp_path, "searched")["crf"].shape == (2, 6, 6)
 
     monkeypatch.setattr(evaluation, "cross_fitted", lambda *_: pytest.fail("searched again"))
     assert run_voc.main([*options, "--resume"]) == 0

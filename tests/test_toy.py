@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minicrf import metrics
 from minicrf.data import loading, toy, voc
-from minicrf.results import metrics
 from minicrf.inputs import VOID
 
 

@@ -213,7 +213,7 @@ def build_crf(args, n_labels):
     if args.w or args.sigma_position or args.sigma_bilateral:
         raise ValueError("--parameters: found --w or a --sigma as well, expected one or the other")
     learned = (DenseCRF.load(args.parameters) if "options" in read_npz(args.parameters) else
-               checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters)))
+               checkpoints.load_crf(*checkpoints.read(args.parameters)))
     if not isinstance(learned, DenseCRF):
         raise ValueError(f"{args.parameters}: found a network without such a CRF, expected a "
                          "checkpoint of the joint or the piecewise stage, or DenseCRF.save's")

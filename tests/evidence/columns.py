@@ -18,8 +18,8 @@ import numpy as np   # noqa: E402
 
 from minicrf import DenseCRF, cross_fitted, search   # noqa: E402
 from minicrf.data import loading   # noqa: E402
-from minicrf.results import checkpoints, metrics   # noqa: E402
-from minicrf.search import mean_iou   # noqa: E402
+from minicrf.metrics import confusion_matrix, mean_iou   # noqa: E402
+from minicrf.results import checkpoints   # noqa: E402
 
 PAIRS = [("joint", "control + untrained CRF"), ("joint", "+ untrained CRF"), ("joint", "piecewise")]
 
@@ -40,7 +40,7 @@ def counts(samples, crf=None):
     found = [(y, (crf.forward(f, image, train=False) if crf else f).argmax(axis=2))
              for f, image, y in samples]
     L = samples[0][0].shape[2]
-    return np.stack([metrics.confusion_matrix(y, q, L) for y, q in found])
+    return np.stack([confusion_matrix(y, q, L) for y, q in found])
 
 
 def columns(folder, voc, searched):

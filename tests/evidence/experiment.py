@@ -25,7 +25,7 @@ import numpy as np   # noqa: E402
 import run_voc   # noqa: E402
 from columns import difference   # noqa: E402
 from minicrf.data import toy   # noqa: E402
-from minicrf.search import mean_iou   # noqa: E402
+from minicrf.metrics import mean_iou   # noqa: E402
 
 # column: where its counts lie in a seed's folder, and by which method
 COLUMNS = {
