@@ -50,7 +50,7 @@ class GaussianKernel:
         self.kappa = excluded[:, None]                                       # (N, 1)
 
     def filter(self, b):
-        """(K_hat - diag(kappa)) b: (N, C) -> (N, C); on the CPU, rows are computed when read."""
+        """(K_hat - diag(kappa)) b: (N, C) -> (N, C); of many rows, each is computed when read."""
         K = self.K_with_self
         return self._without_self(K.blur(K.splat(b)), b)
 
@@ -65,7 +65,8 @@ class GaussianKernel:
             K_b -= self.kappa[rows] * b[rows]
             return K_b
 
-        return Rows(b.shape, of_rows) if array_module(b) is np else of_rows(slice(None))
+        several = len(blocks(len(b), b)) > 1
+        return Rows(b.shape, of_rows) if several else of_rows(slice(None))
 
     # forward: z^t = ... + (K_hat - diag(kappa)) q^(t-1) W,  t = 1..T
     def backward(self, A, K_A, B, W):
