@@ -66,7 +66,7 @@ def for_each(function, items, x, work=None, products=False):
 
 
 def blocks(n, x):
-    """Slices that n rows are worked on by, for work on the array x: all at once on a GPU."""
+    """Slices of n rows, one for each task of work on the array x: all at once on a GPU."""
     size = BLOCK if array_module(x) is np else n
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -88,7 +88,7 @@ class Rows:
 
 
 def rowwise(function, out, *arrays):
-    """function(*arrays), which treats each row by itself: (N, .) arrays -> (N, .), put into out.
+    """function(*arrays), which treats each row by itself: (N, .) arrays -> (N, .), written to out.
 
     On the CPU by blocks of rows, in threads, and out may be one of the arrays; a GPU gives a new
     array.

@@ -1,7 +1,7 @@
 """Gaussian kernels of the dense CRF: filter, transpose, derivative by their widths (Sec. 4.1).
 
     k(i,j) = exp(-|F_i - F_j|^2 / 2),  F = p / sigma;  symmetric: K_hat = D^-1/2 K D^-1/2
-plain.gaussian_kernel is the same with dense matrices.
+plain.gaussian_kernel is the same with dense matrices; its K_hat is K_hat - diag(kappa) here.
 Legend: N pixels, L labels, d feature dimensions, P lattice points, C columns of values.
 """
 import copy
@@ -44,13 +44,13 @@ class GaussianKernel:
         if normalization == "symmetric":
             self.n = self.K.filter(xp.ones((len(F), 1), dtype))[:, 0]        # (N,)
             self.K_with_self = self.K.scaled(1 / xp.sqrt(self.n))
-            # (N,): kappa / n; n = kappa + others, but kappa > n where neighbours are missing
+            # (N,): K_ii / n_i, at most 1 in a true kernel, more where neighbours are missing
             self.diagonal = xp.minimum(self.K_with_self.diagonal, 1)
         excluded = self.diagonal if exclude_self else xp.zeros_like(self.diagonal)
         self.kappa = excluded[:, None]                                       # (N, 1)
 
     def filter(self, b):
-        """(K_hat - diag(kappa)) b: (N, C) -> (N, C); of many rows, each is computed when read."""
+        """(K_hat - diag(kappa)) b: (N, C) -> (N, C); of many rows an arrays.Rows."""
         K = self.K_with_self
         return self._without_self(K.blur(K.splat(b)), b)
 
@@ -73,24 +73,28 @@ class GaussianKernel:
         """dW, of W's shape, and dlog sigma (d,), in float64, from A = [dz^1 .. dz^T].
 
         A, B = [q^0 .. q^(T-1)]: (N, T L), as lists of their columns' pieces, (N, L) or several of
-        these side by side.  K_A: for each piece the list of its steps' `filter_transpose`.
+        these side by side, the steps in any one order.  K_A: for each piece the list of its steps'
+        `filter_transpose`.
         W: the compatibility, () or symmetric (L, L).
         plain.gaussian_kernel's backward for dK_hat = A (B W)^T, which is never formed: the moment
         form,
 
             sum_ij dK_ij K_ij (F_ki - F_kj)^2
                 = sum_i F_ki^2 sum_j (dK_ij K_ij + dK_ji K_ji)  -  2 <F_k A, K F_k B W>
+
+        in which dK_hat K_hat can stand for dK K: for j != i they are equal.
         """
         sums = for_each(lambda piece: self._sums(*piece, W), list(zip(A, K_A, B)), A[0])
-        dW, both, same = (sum(each) for each in zip(*sums))
-        same = self.kappa[:, 0] * same
+        dW, sums, diagonal = (sum(each) for each in zip(*sums))
+        diagonal = self.kappa[:, 0] * diagonal
 
         # dK = dK_hat / sqrt(n n^T), for j != i, ...
         F = self.F.astype(np.float64)            # large terms cancel, in narrow kernels
-        dlog_sigma = (both + same) @ F**2 - 2 * self._crosses(A, B, W)
+        # with i = j in both terms, where F_i - F_i = 0: it cancels
+        dlog_sigma = (sums + diagonal) @ F**2 - 2 * self._crosses(A, B, W)
         if self.n is not None:
             # ... + dn 1^T, for all j, with dn = -(sums over rows and columns of dK_hat K_hat) / 2n
-            dn = (same - both) / (2 * self.n)                                # (N,)
+            dn = (diagonal - sums) / (2 * self.n)                            # (N,): without i = j
             xp, d = array_module(F), F.shape[1]
             one = xp.ones_like(F[:, :1])
             K_1, K_F, K_F2 = xp.split(self.K.filter(xp.concatenate([one, F, F**2], axis=1)),
@@ -99,9 +103,9 @@ class GaussianKernel:
         return dW, dlog_sigma
 
     def _sums(self, a, K_A, b, W):
-        """dW; dK_hat K_hat summed over rows and over columns (N,); a b W over labels (N,).
+        """dW; sums of dK_hat K_hat (N,); the diagonal of dK_hat (N,).
 
-        The sums over rows with i = j, those over columns without.
+        The sums are those of rows, with i = j, plus those of columns, without.
         """
         xp, K = array_module(a), self.K_with_self
         v = K.blur(K.splat(b))
@@ -112,11 +116,14 @@ class GaussianKernel:
             return (compatible_backward(b_i, K_a, W),
                     reward(a_i, K_b, W) + reward(K_a, b_i, W), reward(a_i, b_i, W))
 
-        dW, outer, same = zip(*for_each(part, blocks(len(a), a), a))
-        return sum(dW), xp.concatenate(outer), xp.concatenate(same)
+        dW, sums, diagonal = zip(*for_each(part, blocks(len(a), a), a))
+        return sum(dW), xp.concatenate(sums), xp.concatenate(diagonal)
 
     def _crosses(self, A, B, W):
-        """<F_k A, K_hat F_k B W>, with i = j, for each k: (d,)."""
+        """<F_k A, K_hat F_k B W>, with i = j, for each k: (d,).
+
+        As slice is splat^T and W symmetric: <splat(F_k A) W, blur(splat(F_k B))>.
+        """
         xp, K = array_module(A[0]), self.K_with_self
         scaled = for_each(K.scaled, list(self.F.T), self.F)                  # splat: of F_k v
         each = 1 if xp is np else len(scaled)        # a GPU blurs those of all k together
@@ -129,7 +136,8 @@ class GaussianKernel:
                     for K_k, v in zip(some, xp.split(blurred, len(some), axis=1))]
 
         found = sum(for_each(crosses, list(itertools.product(groups, zip(A, B))), A[0]), [])
-        return xp.stack(found).reshape(len(groups), -1, each).sum(axis=1).ravel()
+        found = xp.stack(found).reshape(len(groups), -1, each)               # pieces: of columns
+        return found.sum(axis=1).ravel()                                     # (d,)
 
 
 def grouped(steps, on_cpu):

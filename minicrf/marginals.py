@@ -25,20 +25,20 @@ def marginals(z, c):
     u = z / (1 + c)                              # u = log softmax(z / (1 + c)) to start with
     u -= xp.log(row_sums(xp.exp(u)))[:, None]
     q = xp.exp(u)
-    shift, excess = row_sums(q * (z - u - c * q)), 0                         # lambda: (N,)
+    lam, excess = row_sums(q * (z - u - c * q)), 0                           # lambda: (N,)
     for _ in range(NEWTON_STEPS):
         slope = 1 + c * q                                                    # (N, L)
         r = z - u                                # what is left of the first equation,
         r -= slope                               # z - u - c q - lambda
-        r -= (shift - 1)[:, None]
+        r -= (lam - 1)[:, None]
         h = q / slope
-        step = (row_sums(h * r) + excess) / row_sums(h)                      # (N,)
-        shift += step
-        r -= step[:, None]
+        dlam = (row_sums(h * r) + excess) / row_sums(h)                      # (N,)
+        lam += dlam
+        r -= dlam[:, None]
         r /= slope
         u += r
         q = xp.exp(u)
-        excess = row_sums(q) - 1                 # of the second one, half the square of the step
+        excess = row_sums(q) - 1                 # what is left of sum_l q = 1
         if bool(abs(excess).max() < NEWTON_ERROR[z.dtype.char]):
             break
     return q / (1 + excess)[:, None]

@@ -4,7 +4,7 @@
 Eq. 5 for all pixels at once; W_m is the compatibility mu^(m) as a score, w_m I for Potts (Eq. 9).
 plain.mean_field is the same with dense matrices.
 Legend: S the shape of the image, N its pixels; L labels; M kernels, the m-th one of d_m features;
-T mean-field steps.
+T mean-field steps: q^T is after the last one, and K^T is K transposed.
 """
 import functools
 from typing import NamedTuple
@@ -24,7 +24,7 @@ LARGEST_LOG_SIGMA = 50  # widths of e^50 pixels, or e^-50: learning has gone ast
 class State(NamedTuple):
     """What a forward pass keeps for its way back."""
     kernels: list       # M GaussianKernels
-    W: object           # M compatibilities, (M,) or (M, L, L), where the scores are
+    W: object           # M compatibilities, (M,) or (M, L, L), on the scores' device
     c: float            # damping
     steps: list         # q^0 .. q^(T-1), each (N, L)
     logits: object      # log q^T (*S, L), up to a constant a pixel: z^T where c = 0
@@ -129,7 +129,7 @@ class FeatureCRF:
         f = xp.ascontiguousarray(scores).reshape(-1, self.n_labels)          # (N, L)
         W = self._compatibility(f)
 
-        def logits_of(f, q, *messages):          # of a block of rows
+        def z_of(f, q, *messages):               # of a block of rows
             return add_messages(f + c * q if c else f.copy(), messages, W)
 
         z, steps = f, []
@@ -139,7 +139,7 @@ class FeatureCRF:
                 steps.append(q)
             # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
             messages = filtered(kernels, q)
-            z = rowwise(logits_of, xp.empty_like(f), f, q, *messages)
+            z = rowwise(z_of, xp.empty_like(f), f, q, *messages)
             kept = train and t == self.iterations                            # z^T, for the loss
             q = rowwise(lambda z: marginals(z, c), xp.empty_like(z) if kept else z, z)
 
@@ -147,7 +147,7 @@ class FeatureCRF:
             raise ValueError(f"w: found {self.params['w'].tolist()}, too large for marginals in "
                              f"{f.dtype}; expected smaller weights")
         if train:
-            logits = z - c * q if c and steps else z
+            logits = z - c * q if c and steps else z                     # log q^T + lambda
             self.state = State(kernels, W, c, steps, logits.reshape(scores.shape))
         return q.reshape(scores.shape)                                       # (*S, L)
 
@@ -169,7 +169,10 @@ class FeatureCRF:
 
     # forward: logits = log q^T
     def backward_logits(self, dz, state=None):
-        """The same from dL/dlogits, (*S, L) or (N, L): q - onehot(y) for Eq. 6, no 1/q in it."""
+        """The same from dL/dlogits, (*S, L) or (N, L): q - onehot(y) for Eq. 6, without 1/q.
+
+        With damping dz must sum to 0 over the labels of a pixel, as it does for any loss of q.
+        """
         state = self._kept(state)
         dz = _checked_gradient("dz", dz, state)
         if state.c and state.steps:
@@ -178,13 +181,13 @@ class FeatureCRF:
 
     def _back_track(self, dz, state):
         """Fig. 3, step 3: from dL/dz^T (N, L) through T steps, however many the parameters."""
-        kernels, W, c, steps, _ = state
-        xp, A, K_A = array_module(dz), [], []                    # dz^t, and K_m^T dz^t, t = T .. 1
+        kernels, W, c, q, _ = state
+        xp, A, K_A = array_module(dz), [], []                    # dz^t, and all K_m^T dz^t
 
         def dq_of(dz, *messages):                # of a block of rows
             return add_messages(c * dz, messages, W)
 
-        for t in range(len(steps), 0, -1):
+        for t in range(len(q), 0, -1):                           # W_m^T = W_m
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
             messages = filtered_back(kernels, dz)
             dq = rowwise(dq_of, xp.empty_like(dz), dz, *messages)
@@ -192,18 +195,18 @@ class FeatureCRF:
             K_A.append(messages)
             # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
             through = functools.partial(through_marginals, c=c if t > 1 else 0)
-            dz = rowwise(through, dq, dq, steps[t - 1])
+            dz = rowwise(through, dq, dq, q[t - 1])
 
         # forward: f enters each z^t, and z^0 = f
         df = rowwise(lambda *all_dz: sum(all_dz), xp.empty_like(dz), dz, *A)
-        if steps:                # forward: and so do K_m and W_m, of all steps at once
+        if q:                    # forward: K_m and W_m enter each z^t, too: all steps at once
             on_cpu = xp is np
-            A, B = ([side_by_side(group) for group in grouped(x, on_cpu)] for x in (A, steps[::-1]))
+            A, B = ([side_by_side(group) for group in grouped(x, on_cpu)] for x in (A, q[::-1]))
             for m, (name, K_m_A) in enumerate(zip(self._widths(), zip(*K_A))):
                 dW, dlog_sigma = kernels[m].backward(A, grouped(K_m_A, on_cpu), B, W[m])
-                both = to_host(xp.concatenate([dW.ravel(), dlog_sigma]))     # one wait for a GPU
-                self.grads["w"][m] += both[:dW.size].reshape(dW.shape)
-                self.grads[name] += both[dW.size:]
+                flat = to_host(xp.concatenate([dW.ravel(), dlog_sigma]))     # one wait for a GPU
+                self.grads["w"][m] += flat[:dW.size].reshape(dW.shape)
+                self.grads[name] += flat[dW.size:]
         return df.reshape(state.logits.shape)                                # (*S, L)
 
     def project(self):

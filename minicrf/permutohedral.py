@@ -12,8 +12,8 @@ import numpy as np
 
 from .arrays import array_module, blocks, for_each, product, sparse_module, to_host, transposed
 
-LARGEST_WORD = 2**62        # packed coordinates stay below, so that int64 holds them
-LARGEST_COORDINATE = 2**28  # int32 holds the cells' numbers, float64 the places within them
+LARGEST_KEY = 2**62         # int64 holds the keys of points up to it
+LARGEST_COORDINATE = 2**28  # float64 holds floor(a), and 24 bits of the remainder
 LARGEST_SIZE = 2**31        # of a sparse matrix: its places are int32
 
 
@@ -30,22 +30,22 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features, dtype=None):
-        simplices, words, steps, ranks, weights = _simplices(features, dtype)
-        corners, points = _corners(simplices, words, steps, ranks)           # (N, d+1), (P,)
+        simplices, keys, steps, ranks, weights = _simplices(features, dtype)
+        corners, points = _corners(simplices, keys, steps, ranks)            # (N, d+1), (P,)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
-        # on the CPU an axis a thread; on a GPU all at once, as the host waits for their sizes
-        axes = steps[:, None] if array_module(features) is np else steps[None]
-        self.blurs = sum(for_each(lambda s: _blurs(points, s, weights.dtype), axes, weights), [])
+        # on the CPU one axis per thread; on a GPU all at once, as the host waits for their sizes
+        groups = steps[:, None] if array_module(features) is np else steps[None]
+        self.blurs = sum(for_each(lambda s: _blurs(points, s, weights.dtype), groups, weights), [])
         starts = array_module(features).arange(0, corners.size + 1, d + 1, dtype=np.int32)
-        self._interpolate(weights.T, corners, starts, len(points))
+        self._set_slice(weights.T, corners, starts, len(points))
 
-    def _interpolate(self, weights, corners, starts, P):
-        """Set slice S (N, P) and splat, its transpose, from weights and corners, (N, d+1)."""
+    def _set_slice(self, weights, corners, starts, P):
+        """Sparse slice S (N, P) and splat, its transpose, from weights and corners (N, d+1)."""
         self.S = _sparse(weights.ravel(), corners.ravel(), starts, P)
         self.S_T = transposed(self.S)
-        self.S_rows = {}                         # blocks of S, made when they are wanted first
+        self.S_rows = {}                         # blocks of S, made on first use
 
     def filter(self, values):
         """K @ values: (N, C) -> (N, C), unnormalised.  Raises ValueError for another N."""
@@ -88,23 +88,23 @@ class PermutohedralLattice:
         """The lattice of diag(s) K diag(s) for s (N,)."""
         other = copy.copy(self)
         weights = self.S.data.reshape(len(s), -1) * s[:, None]               # (N, d+1)
-        other._interpolate(weights, self.S.indices, self.S.indptr, self.S.shape[1])
+        other._set_slice(weights, self.S.indices, self.S.indptr, self.S.shape[1])
         other.diagonal = self.diagonal * s * s
         return other
 
 
 def _simplices(features, dtype=None):
-    """plain.simplex for all features: their simplices and words (N,), steps (d+1,), ranks and
-    weights (d+1, N).
+    """plain.simplex for all features: simplices and keys (N,), steps (d+1,), ranks and weights
+    (d+1, N).
 
     floor(a + lambda) visits the corners of a feature's simplex while lambda runs from 0 to 1.  It
     begins at n = floor(a).  ranks: in which order its coordinates move on, the one with the largest
     remainder first: corner r is n + [rank < r].  weights: how long it stays at each corner.
 
-    A point is n modulo (1, .., 1), so n_j - n_0, j = 1..d, tell it.  Its word is one integer,
-    linear in them: n_j + 1 adds steps[j] to it, wherever it was.  The integer that names a simplex
-    has d ranks as further digits.
-    Raises ValueError where features are not (N, d) or not finite.
+    n and n + (1, .., 1) are one point, so n_j - n_0, j = 1..d, identify it.  Its key is one
+    integer, linear in them: n_j + 1 adds steps[j] to the key, whatever n is.  A simplex' own
+    integer has d ranks as further, lower digits.
+    Raises ValueError as the class does.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features: found shape {features.shape}, expected (N, d), neither 0")
@@ -118,27 +118,27 @@ def _simplices(features, dtype=None):
         raise ValueError(f"features: found magnitude {reach.max():g}, expected finite values under "
                          f"{LARGEST_COORDINATE:g} kernel widths")
     # float32 leaves too few digits for the place within the cell when there are many cells
-    precise = features.dtype if reach.max() < 2**12 else np.dtype(np.float64)
-    axes = _elevate(np.eye(d))                                           # (d+1, d)
-    # corners and their neighbours lie up to 3 further
-    spans = [2 * int(most) + 9 for most in abs(axes[1:] - axes[0]) @ reach]
+    dtype_of_a = features.dtype if reach.max() < 2**12 else np.dtype(np.float64)
+    elevation = _elevate(np.eye(d))                                      # (d+1, d)
+    # |n_j - n_0| < most + 3, at corners and their neighbours too
+    spans = [2 * int(most) + 9 for most in abs(elevation[1:] - elevation[0]) @ reach]
     rank_units, units = np.split(_units([d + 1] * d + spans), 2)
     steps = np.append(-units.sum(), units)                               # they sum to 0
-    words, simplices = xp.empty(N, np.int64), xp.empty(N, np.int64)
+    keys, simplices = xp.empty(N, np.int64), xp.empty(N, np.int64)
     ranks = xp.empty((d + 1, N), np.int8)
     weights = xp.empty((d + 1, N), dtype or features.dtype)
 
     def locate(rows):
-        a = _elevate(features[rows].T.astype(precise))                       # (d+1, rows)
+        a = _elevate(features[rows].T.astype(dtype_of_a))                       # (d+1, rows)
         n = xp.floor(a)
         remainders = a - n
         ranks[:, rows] = rank = _ranks(remainders)
-        weights[:, rows] = _stays(remainders)
-        words[rows] = word = sum(n_j.astype(np.int64) * step for n_j, step in zip(n, steps))
-        simplices[rows] = word + sum(r.astype(np.int64) * u for r, u in zip(rank, rank_units))
+        weights[:, rows] = _barycentric(remainders)
+        keys[rows] = key = sum(n_j.astype(np.int64) * step for n_j, step in zip(n, steps))
+        simplices[rows] = key + sum(r.astype(np.int64) * u for r, u in zip(rank, rank_units))
 
     for_each(locate, blocks(N, features), features)
-    return simplices, words, steps, ranks, weights
+    return simplices, keys, steps, ranks, weights
 
 
 def _elevate(features):
@@ -159,7 +159,10 @@ def _elevate(features):
 
 
 def _ranks(remainders):
-    """How many remainders are larger, or equal and before it: (d+1, N) int8, each of 0..d once."""
+    """How many remainders are larger, or equal and before it: (d+1, N) int8, each of 0..d once.
+
+    The order of plain.simplex' sort(moves).
+    """
     xp = array_module(remainders)
     d = len(remainders) - 1
     ranks = xp.zeros(remainders.shape, np.int8) + xp.arange(d + 1, dtype=np.int8)[:, None]
@@ -171,11 +174,11 @@ def _ranks(remainders):
     return ranks
 
 
-def _stays(remainders):
-    """How long floor(a + lambda) stays at corners 0..d: their barycentric weights, (d+1, N).
+def _barycentric(remainders):
+    """Weights of corners 0..d: how long floor(a + lambda) stays there, (d+1, N).
 
     A coordinate moves on at lambda = 1 - its remainder.  Corner 0 is that of lambda = 0, and again
-    of the end, when all have moved on: a point is n modulo (1, .., 1).
+    of the end, when all have moved on: n + (1, .., 1).
     """
     xp = array_module(remainders)
     d = len(remainders) - 1
@@ -188,45 +191,48 @@ def _stays(remainders):
                      *(ordered[r - 1] - ordered[r] for r in range(1, d + 1))])
 
 
-def _corners(simplices, words, steps, ranks):
-    """The lattice points at the simplices' corners: numbers (N, d+1), and their words (P,).
+def _corners(simplices, keys, steps, ranks):
+    """The lattice points at the simplices' corners: numbers (N, d+1), and their keys (P,).
 
-    Points are numbered in the order of their words.
+    Points are numbered in the order of their keys.
     """
-    xp = array_module(words)
+    xp = array_module(keys)
     # pixels share simplices: the corners of each are needed only once
-    _, numbers, member = _distinct(simplices)                                # (N,), (s,)
-    ranks = xp.take(ranks, member, axis=1)                                   # (d+1, s)
+    _, numbers, example = _distinct(simplices)                               # (N,), (s,)
+    ranks = xp.take(ranks, example, axis=1)                                  # (d+1, s)
     r = xp.arange(len(ranks), dtype=ranks.dtype)[:, None]
-    corners = words[member] + sum((rank < r) * step for rank, step in zip(ranks, steps))
-    points, corners, _ = _distinct(corners.ravel())                          # of (d+1, s)
-    corners = xp.ascontiguousarray(corners.reshape(len(ranks), -1).T)        # (s, d+1)
+    at = keys[example] + sum((rank < r) * step for rank, step in zip(ranks, steps))      # (d+1, s)
+    points, corners, _ = _distinct(at.ravel())                               # (P,), ((d+1) s,)
+    corners = xp.ascontiguousarray(corners.reshape(at.shape).T)              # (s, d+1)
     return xp.take(corners, numbers, axis=0), points
 
 
 def _units(spans):
-    """int64 factors that make words of digits: sum_j unit_j digit_j differs where digits differ.
+    """int64 factors that make keys of digits: sum_j unit_j digit_j differs where digits differ.
 
     Places in a number system with a base for each digit; where 64 bits are too few for that, as
     with many dimensions, a hash, modulo 2^64, by random factors: among a million points, two agree
     once in 10^7 cases.
     """
-    if math.prod(spans) < LARGEST_WORD:
+    if math.prod(spans) < LARGEST_KEY:
         return np.cumprod([1] + spans[:-1], dtype=np.int64)
     return np.random.default_rng(0).integers(2**63, size=len(spans)) | 1
 
 
-def _distinct(words):
-    """The distinct words, sorted (P,); the number among them of each word (n,); where they are."""
-    xp = array_module(words)
-    order = words.argsort()                               # (n,)
-    words = words[order]
-    new = xp.ones(len(words), dtype=bool)
-    new[1:] = words[1:] != words[:-1]
-    numbers = xp.empty(len(words), dtype=np.int32)
+def _distinct(keys):
+    """The distinct keys, sorted (P,); each key's number among them (n,); an index of each (P,).
+
+    np.unique would do the same, but its sort is the slow kind where it gives an index.
+    """
+    xp = array_module(keys)
+    order = keys.argsort()                                # (n,)
+    keys = keys[order]
+    new = xp.ones(len(keys), dtype=bool)
+    new[1:] = keys[1:] != keys[:-1]
+    numbers = xp.empty(len(keys), dtype=np.int32)
     numbers[order] = xp.cumsum(new, dtype=np.int32) - 1
     first = xp.flatnonzero(new)                           # (P,)
-    return words[first], numbers, order[first]
+    return keys[first], numbers, order[first]
 
 
 def _self_response(weights):
@@ -245,41 +251,42 @@ def _self_response(weights):
 
 
 def _blurs(points, steps, dtype):
-    """The sparse (P, P) matrices of v_p + (v_p+ + v_p-) / 2, p+ = p + step, for each of steps (K,).
+    """The sparse (P, P) matrices of v_p + (v_p+ + v_p-) / 2, p+ = p + step, for each of steps (J,).
 
     Neighbours that hold no pixel are missing and count as zero.  The matrices are made as one, one
-    below the other: row p of the k-th is row k*P + p.
+    below the other: row p of the j-th is row j P + p.  plain's steps have the other sign: p+ and
+    p- exchanged.
     """
     xp = array_module(points)
-    K, P = len(steps), len(points)
-    if 3 * K * P >= LARGEST_SIZE:
+    J, P = len(steps), len(points)
+    if 3 * J * P >= LARGEST_SIZE:
         raise ValueError(f"features: found {P} lattice points, too many for one lattice; wider "
                          "sigmas need fewer")
-    wanted = points + xp.asarray(steps)[:, None]          # (K, P): p+, wherever it is
+    wanted = points + xp.asarray(steps)[:, None]          # (J, P): p+, wherever it is
     after = xp.minimum(xp.searchsorted(points, wanted), P - 1).astype(np.int32)
     rows = xp.flatnonzero(points[after] == wanted)        # (E,): those for which p+ is there
-    below = after + xp.arange(0, K * P, P, dtype=np.int32)[:, None]
+    below = after + xp.arange(0, J * P, P, dtype=np.int32)[:, None]
     after, below = after.ravel()[rows], below.ravel()[rows]      # (E,): p+ as a column, as a row
-    starts = xp.ones(K * P + 1, dtype=np.int32)           # of the rows, which hold p, p+, p-
+    starts = xp.ones(J * P + 1, dtype=np.int32)           # of the rows, which hold p, p+, p-
     starts[0] = 0
-    starts[rows + 1] += 1
+    starts[rows + 1] += 1                                 # counts right: no row comes twice
     starts[below + 1] += 1
     starts = xp.cumsum(starts, dtype=np.int32)
-    columns = xp.empty(K * P + 2 * len(rows), dtype=np.int32)
-    columns[starts[:-1].reshape(K, P)] = xp.arange(P, dtype=np.int32)
+    columns = xp.empty(J * P + 2 * len(rows), dtype=np.int32)
+    columns[starts[:-1].reshape(J, P)] = xp.arange(P, dtype=np.int32)
     columns[starts[rows] + 1] = after
-    columns[starts[below + 1] - 1] = rows - (below - after)
+    columns[starts[below + 1] - 1] = rows - (below - after)      # p: below - after is j P
     weights = xp.full(columns.shape, 0.5, dtype=dtype)
     weights[starts[:-1]] = 1
-    ends = to_host(starts[::P]).tolist()                  # of the matrices: (K+1,)
+    ends = to_host(starts[::P]).tolist()                  # of the matrices: (J+1,)
     return [_sparse(weights[first:last], columns[first:last], starts[top:top + P + 1] - first, P)
-            for top, first, last in zip(range(0, K * P, P), ends, ends[1:])]
+            for top, first, last in zip(range(0, J * P, P), ends, ends[1:])]
 
 
 def _sparse(weights, columns, starts, width):
     """The sparse matrix with `width` columns whose row i holds entries starts[i] to starts[i+1]."""
-    # CuPy would look at arrays that a matrix is made of, and before its first product look whether
-    # numbers in a row are distinct, as they are, and in order, which products do not need: and sort
+    # set directly: csr_matrix((...)) would check its arrays, and CuPy sort each row before a first
+    # product.  Columns in a row are distinct, and products do not need them in order
     matrix = sparse_module(weights).csr_matrix((len(starts) - 1, width), dtype=weights.dtype)
     matrix.data, matrix.indices, matrix.indptr = weights, columns, starts
     matrix.has_canonical_format = True

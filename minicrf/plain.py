@@ -1,7 +1,7 @@
 """The paper on a few screens: the file to read first.  `python -m minicrf.plain` runs it.
 
 The network (Sec. 4.1), the loss (3.2), the fully connected CRF (3.1), both stages (Fig. 3).
-A function returns its value y and `backward`, which turns dy = dLoss/dy into that of what went in.
+A function returns its value y and `backward`: dy = dLoss/dy -> dLoss with respect to its inputs.
 Legend, shapes in -> out: C channels, O after a convolution, k kernel size, H x W pixels, N = H*W,
     h x w cells, L labels, M kernels, T mean-field steps, d feature dimensions, c damping."""
 import numpy as np
@@ -103,12 +103,13 @@ def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N
     """k(i,j) = exp(-|F_i - F_j|^2 / 2), F = p / sigma (below Eq. 9); normalised, j != i."""
     F = p / np.exp(log_sigma)
     K = np.exp(-sum((F_k[:, None] - F_k) ** 2 for F_k in F.T) / 2)
-    n = K.sum(axis=1)                                 # paper silent: D^-1/2 K D^-1/2, D = diag(n)
+    n = K.sum(axis=1)                                 # K 1; paper silent: D^-1/2 K D^-1/2, D = diag(n)
     K_hat = (K - np.eye(len(n))) / np.sqrt(n[:, None] * n)
 
     def backward(dK_hat):                             # -> dlog_sigma (d,)
         dn = -((dK_hat * K_hat).sum(axis=1) + (dK_hat * K_hat).sum(axis=0)) / (2 * n)
         dK = dK_hat / np.sqrt(n[:, None] * n) + dn[:, None]
+        # dk(i,j) / dlog_sigma_k = k(i,j) (F_ki - F_kj)^2
         return np.array([(dK * K * (F_k[:, None] - F_k) ** 2).sum() for F_k in F.T])
     return K_hat, backward
 
@@ -122,7 +123,7 @@ def mean_field_one_by_one(f, K, W, sweeps):           # (N, L), (M, N, N), (M, L
 def log_marginals(z, c):                              # (N, L) -> u = log q (N, L)
     """u + c q = z - lambda, sum_l q = 1, by Newton's method for each pixel; c = 0: log_softmax."""
     u = log_softmax(z / (1 + c))
-    for _ in range(20 if c else 1):
+    for _ in range(20 if c else 1):                   # once for c = 0: q and h, for backward
         q = np.exp(u)
         h, r = q / (1 + c * q), z - u - c * q
         lam = ((h * r + q).sum(axis=1, keepdims=True) - 1) / h.sum(axis=1, keepdims=True)
@@ -162,9 +163,10 @@ def simplex(F_i):                                     # (d,) -> lattice points, 
     d = len(F_i)
     axes = np.array([[1.] * j + [-j] + [0] * (d - j) for j in range(1, d + 1)])      # (d, d + 1)
     a = F_i @ (axes / np.linalg.norm(axes, axis=1, keepdims=True)) * np.sqrt(2 / 3)  # sum 0
-    leaves = np.floor(a) + 1 - a                      # lambda at which each coordinate moves on
-    times = np.append(0, np.sort(leaves))             # the last point is the first, a round later
-    corners = [np.floor(a) + (leaves <= time) for time in times]
+    moves = np.floor(a) + 1 - a                       # lambda at which each coordinate moves on
+    times = np.append(0, np.sort(moves))              # the last point is the first, a round later
+    corners = [np.floor(a) + (moves <= time) for time in times]
+    # n and n + (1, .., 1) are one point
     return [tuple((d + 1) * n - n.sum()) for n in corners], np.diff(np.append(times, 1))
 
 def lattice_filter(F, values):                        # (N, d), (N, C) -> about K values (N, C)

@@ -20,29 +20,29 @@ def test_filter_equals_a_lattice_kept_in_a_dictionary(d):
                                rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("largest_word", [2, 500])
-def test_keys_too_long_for_one_word_change_nothing(monkeypatch, largest_word):
+@pytest.mark.parametrize("largest_key", [2, 500])
+def test_keys_too_long_for_one_word_change_nothing(monkeypatch, largest_key):
     F, values = features(60, 5, width=2), features(60, 2, seed=1)
     expected = PermutohedralLattice(F).filter(values)
-    monkeypatch.setattr(permutohedral, "LARGEST_WORD", largest_word)
+    monkeypatch.setattr(permutohedral, "LARGEST_KEY", largest_key)
     np.testing.assert_array_equal(PermutohedralLattice(F).filter(values), expected)
 
 
-@pytest.mark.parametrize("largest_word", [2**62, 2])
-def test_other_digits_other_word(monkeypatch, largest_word):
+@pytest.mark.parametrize("largest_key", [2**62, 2])
+def test_other_digits_other_word(monkeypatch, largest_key):
     """Certainly where one integer has room for all digits, elsewhere by chance, as here."""
-    monkeypatch.setattr(permutohedral, "LARGEST_WORD", largest_word)
+    monkeypatch.setattr(permutohedral, "LARGEST_KEY", largest_key)
     digits = np.stack(np.meshgrid(*map(np.arange, (9, 2, 14, 7)), indexing="ij")).reshape(4, -1)
-    words, numbers, places = permutohedral._distinct(permutohedral._units([9, 2, 14, 7]) @ digits)
-    assert len(words) == digits.shape[1] and (np.diff(words) > 0).all()
-    np.testing.assert_array_equal(places[numbers], np.arange(len(words)))
+    keys, numbers, places = permutohedral._distinct(permutohedral._units([9, 2, 14, 7]) @ digits)
+    assert len(keys) == digits.shape[1] and (np.diff(keys) > 0).all()
+    np.testing.assert_array_equal(places[numbers], np.arange(len(keys)))
 
 
 @pytest.mark.parametrize("offset", [0, 2**26])
 def test_steps_lead_from_point_to_point_and_around_the_simplex(offset):
     F = features(50, 3, width=2) + offset
-    simplices, words, steps, ranks, _ = permutohedral._simplices(F)
-    corners, points = permutohedral._corners(simplices, words, steps, ranks)
+    simplices, keys, steps, ranks, _ = permutohedral._simplices(F)
+    corners, points = permutohedral._corners(simplices, keys, steps, ranks)
     assert steps.sum() == 0 and len(set(steps.tolist())) == 4 and (np.diff(points) > 0).all()
     axes = np.argsort(ranks, axis=0)                         # from corner r to r + 1 along axes[r]
     for r in range(4):
