@@ -103,7 +103,7 @@ def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N
     """k(i,j) = exp(-|F_i - F_j|^2 / 2), F = p / sigma (below Eq. 9); normalised, j != i."""
     F = p / np.exp(log_sigma)
     K = np.exp(-sum((F_k[:, None] - F_k) ** 2 for F_k in F.T) / 2)
-    n = K.sum(axis=1)                                 # K 1; paper silent: D^-1/2 K D^-1/2, D = diag(n)
+    n = K.sum(axis=1)                                 # paper silent: D^-1/2 K D^-1/2, D = diag(n)
     K_hat = (K - np.eye(len(n))) / np.sqrt(n[:, None] * n)
 
     def backward(dK_hat):                             # -> dlog_sigma (d,)
