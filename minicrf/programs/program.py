@@ -24,15 +24,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
 
 
-def number(expected, accept, kind=float):
-    """An argparse type for finite numbers that accept(number) takes; expected: them in words."""
+def number(least, most, kind=float):
+    """An argparse type for numbers in a range."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value < float("inf") and accept(value)):
-            raise argparse.ArgumentTypeError(f"found {text[:99]!r}, expected {expected}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"found {text[:99]!r}, expected a {'whole ' * (kind is int)}number from {least:g} "
+                f"to {most:g}")
         return value
     return parse
 
@@ -44,8 +46,7 @@ def path(text):
     return text
 
 
-WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)           # of a kernel
-WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
+WEIGHT, WIDTH = number(0, 1e6), number(0.001, 1e6)                           # of a kernel
 
 
 def run_program(name, function, *arguments, too_little=None):
@@ -56,13 +57,11 @@ def run_program(name, function, *arguments, too_little=None):
     """
     for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)   # logs tell at once
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+    for each in SIGNALS:
+        signal.signal(each, signal.default_int_handler)
     code = 2
     try:
-        code = function(*arguments)
-        sys.stdout.flush()
-        return code
+        return function(*arguments)
     except KeyboardInterrupt:
         error, code = "stopped; what was written before is kept", 130
     except BrokenPipeError:
@@ -84,12 +83,12 @@ def run_program(name, function, *arguments, too_little=None):
 def undisturbed():
     """Ctrl-C and SIGTERM wait until the block is done."""
     waiting = []
-    before = {number: signal.signal(number, lambda *_: waiting.append(True)) for number in SIGNALS}
+    before = {each: signal.signal(each, lambda *_: waiting.append(True)) for each in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if waiting:
         raise KeyboardInterrupt
 
