@@ -139,12 +139,8 @@ def parse_arguments(arguments=None):
             setattr(args, name, value)
         elif isinstance(value, dict):                      # by stage; one given is for all
             setattr(args, name, dict.fromkeys(value, getattr(args, name)))
+    args.stages = [args.stage] if args.stage else ["unary", "joint"]
     return args
-
-
-def stages(args):
-    """The stages to run, in order."""
-    return [args.stage] if args.stage else ["unary", "joint"]
 
 
 def check_options(args):
@@ -162,7 +158,7 @@ def check_options(args):
     if args.stage in ("eval", "predict") and not there:
         raise FileNotFoundError(f"{args.out}: found no checkpoint; run another --stage first, or "
                                 "name one with --weights")
-    written = [os.path.realpath(os.path.join(args.out, f"{stage}.npz")) for stage in stages(args)]
+    written = [os.path.realpath(os.path.join(args.out, f"{stage}.npz")) for stage in args.stages]
     if args.weights and not args.resume and os.path.realpath(args.weights) in written:
         raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
                          "expected another --out, or --resume to continue")
@@ -359,13 +355,12 @@ def train_or_measure(args, device):
     elif args.stage == "search":
         paths, stage = {}, search_parameters(args, data, device)
     else:
-        for stage in stages(args):
+        for stage in args.stages:
             model = train(args, data, stage, device)
             model.crf = model.crf or start_crf(args, len(data.classes), stage)
             reports.measure(args.out, data, stage, model, args.train_list)
             del model                        # the next one needs its memory
-            if not args.stage:
-                args.weights = None          # named where unary starts; joint starts from OUT
+            args.weights = None              # named where the first starts; joint follows unary
         paths = checkpoints.present(args.out)
     reports.report(args.out, args.also, data, stage, paths, device)
 

@@ -1,7 +1,7 @@
 """Every backward pass broken on purpose, one bug at a time: finite differences notice, and where.
 
-`exercises.BUGS` and PASSES list the bugs, `exercises.broken` applies one while a test runs.  Each bug
-fails a row that belongs to the broken function; without bugs no row fails; no function that
+`exercises.BUGS` and PASSES list the bugs, `exercises.broken` applies one while a test runs.  Each
+bug fails a row that belongs to the broken function; without bugs no row fails; no function that
 computes a gradient is missing from the list.
 """
 import ast

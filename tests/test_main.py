@@ -285,7 +285,6 @@ def note_on(name, scores, capsys, *options):
 def test_what_looks_like_something_else_gets_a_note(folder, capsys):
     p = np.random.default_rng(0).dirichlet([1, 1, 1], (H, W)).astype(np.float32)
     assert "probabilities; if so, --probabilities is missing" in note_on("p.npy", p, capsys)
-    assert "energies, -log p" in note_on("energies.npy", -np.log(p), capsys)
     assert note_on("scores.npy", np.log(p), capsys) == ""
     assert note_on("p.npy", p, capsys, "--probabilities") == ""
     grey = np.arange(H * W, dtype=np.uint8).reshape(H, W)

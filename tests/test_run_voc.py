@@ -189,7 +189,7 @@ def test_a_sound_data_set_is_checked_before_anything_is_written(toy_set, tmp_pat
     (["--stage", "eval", "--weights", "{set}/toy.txt"], "toy.txt"),
     (["--image", "{set}/JPEGImages"], "--image: found one of it and --stage predict"),
     (["--also", "{out}/nowhere"], "--also: found no results.json in"),
-    (["--out", "{set}/toy.txt"], "--out: found")])
+    (["--out", "{set}/toy.txt"], "File exists: ")])
 def test_bad_options_end_in_one_line_and_exit_code_2(trained, toy_set, tmp_path, capsys, given,
                                                      named):
     given = [option.format(set=toy_set, out=trained) for option in given]

@@ -73,8 +73,6 @@ def run_program(name, function, *arguments, too_little=None):
         error = too_little or f"found too little memory ({raised})"
     except (ValueError, OSError, FloatingPointError) as raised:
         error = raised
-        if isinstance(raised, OSError) and raised.filename:      # as the system says it
-            error = f"{raised.filename}: found {raised.strerror}, expected a file to read or write"
     print(f"{name}: {error}", file=sys.stderr)
     return code
 
@@ -100,21 +98,16 @@ def locked(folder):
     The lock ends with the process, however that ends.  What killed runs were writing is removed.
     Raises OSError if another run is at work there, or nothing can be written into the folder.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "lock"), "a")
-    except OSError as error:
-        raise OSError(f"--out: found {folder} ({error.strerror}), expected a folder to write "
-                      "into") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"--out: found another run at work in {folder}; expected another folder, or "
-                      "to wait until it ends") from None
-    except OSError:                                # a file system without locks
-        pass
-    with file:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"--out: found another run at work in {folder}; expected another "
+                          "folder, or to wait until it ends") from None
+        except OSError:                            # a file system without locks
+            pass
         for place in ("", "panels"):
             for left in glob.glob(os.path.join(glob.escape(folder), place, ".minicrf-*")):
                 shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)

@@ -124,10 +124,8 @@ def scores_of(path, values, size, probabilities):
     if not (0 <= low <= high <= 1.001 if probabilities else high < np.inf):   # NaN is neither
         raise ValueError(f"{path}: found values from {low:g} to {high:g}, expected "
                          + ("probabilities, 0 to 1" if probabilities else "finite scores"))
-    for p, what in ((values, "probabilities; if so, --probabilities is missing"),
-                    (np.exp(-values), "energies, -log p; if so, scores are their negative")):
-        if not probabilities and low >= 0 and abs(p.sum(axis=2) - 1).max() < 0.01:
-            note(path, f"these look like {what}")
+    if not probabilities and low >= 0 and abs(values.sum(axis=2) - 1).max() < 0.01:
+        note(path, "these look like probabilities; if so, --probabilities is missing")
     if L == 1:
         values = np.concatenate([1 - values.clip(0, 1), values], axis=2)
     if h < H and w < W:
@@ -214,8 +212,6 @@ def refine(args):
     if not os.path.isdir(args.image):
         refine_one(args, args.image, args.scores, args.out)
         return 0
-    if not os.path.isdir(args.scores):
-        raise ValueError(f"{args.scores}: not a folder, though {args.image} is one")
     os.makedirs(args.out, exist_ok=True)
     code = 0
     for image in tqdm(pictures.find_photographs(args.image), "refine", unit="image", disable=None):
