@@ -146,10 +146,10 @@ def parse_arguments(arguments=None):
 def check_options(args):
     """Refuse what makes no sense together, before anything is done or written."""
     if bool(args.image) != (args.stage == "predict"):
-        raise ValueError("--image: found one of it and --stage predict, expected both or none")
+        raise ValueError("--image, --stage predict: found only one of them, expected both or none")
     for name in ("sbd", "check"):
         if getattr(args, name) and not args.voc:
-            raise ValueError(f"--{name}: found it without --voc, expected both or none")
+            raise ValueError(f"--{name}: found it without --voc, which it needs")
     for folder in args.also:
         if not os.path.exists(os.path.join(folder, "results.json")):
             raise FileNotFoundError(f"--also: found no results.json in {folder}, expected another "
@@ -337,7 +337,7 @@ def run(args):
     with locked(args.out):
         if args.voc is None:
             args.voc = os.path.join(args.out, f"toy_seed{args.seed}")
-            print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
+            print(f"no --voc given: --net {args.net} on a drawn toy set, {args.voc}")
             toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
         train_or_measure(args, device)
     if device == "gpu":

@@ -79,11 +79,11 @@ def test_channels_are_in_the_order_of_a_pictures_values_and_named(folder, capsys
     save_palette_picture("labels.png", values, voc.palette(3))
     main(["photo.png", "labels.png", "q.npy", *CRF])
     assert np.array_equal(np.load("q.npy").argmax(axis=2), values - 1)
-    assert "channel 0 = 1; channel 1 = 2" in capsys.readouterr().out
+    assert "channel 0 is label 1; channel 1 is label 2" in capsys.readouterr().out
     label_picture("RGB", wrong=False).save("labels.png")
     main(["photo.png", "labels.png", "q.npy", *CRF])
     assert np.array_equal(np.load("q.npy").argmax(axis=2), 1 - TRUTH)
-    assert "channel 0 = 0,64,128; channel 1 = 200,30,40" in capsys.readouterr().out
+    assert "channel 0 is label 0,64,128; channel 1 is label 200,30,40" in capsys.readouterr().out
 
 
 def test_the_void_border_of_voc_is_no_class(folder):

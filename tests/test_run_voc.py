@@ -1,9 +1,8 @@
 """The program as people use it: what it writes, what it prints, and what it says of bad input."""
 import json
-import os
-import pathlib
 import re
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -144,6 +143,15 @@ def test_what_a_run_starts_from_is_not_overwritten(copy, trained, toy_set, capsy
     assert contents(copy) == before
 
 
+def test_weights_are_where_the_first_stage_starts(trained, toy_set, tmp_path):
+    start = trained / "unary.npz"
+    assert run_voc.main(options(toy_set, tmp_path, "--weights", str(start))) == 0
+    for stage, path in (("unary", start), ("joint", tmp_path / "unary.npz")):
+        settings = checkpoints.read(tmp_path / f"{stage}.npz")[1]["settings"]
+        found = settings["checkpoint to start from (its checksum)"]
+        assert found == zlib.crc32(path.read_bytes()), stage
+
+
 def remove_labels(root):
     shutil.rmtree(root / "SegmentationClass")
 
@@ -187,7 +195,7 @@ def test_a_sound_data_set_is_checked_before_anything_is_written(toy_set, tmp_pat
     (["--stage", "unary", "--weights", "{set}/toy.txt"], "toy.txt: found neither"),
     (["--stage", "eval"], "found no checkpoint; run another --stage first"),
     (["--stage", "eval", "--weights", "{set}/toy.txt"], "toy.txt"),
-    (["--image", "{set}/JPEGImages"], "--image: found one of it and --stage predict"),
+    (["--image", "{set}/JPEGImages"], "--image, --stage predict: found only one"),
     (["--also", "{out}/nowhere"], "--also: found no results.json in"),
     (["--out", "{set}/toy.txt"], "File exists: ")])
 def test_bad_options_end_in_one_line_and_exit_code_2(trained, toy_set, tmp_path, capsys, given,

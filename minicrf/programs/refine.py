@@ -247,9 +247,10 @@ def refine_one(args, photograph, path, out):
     if args.overlay:
         pictures.save_png(f"{out}.overlay.png", figures.overlay(image, labels))
     changed = np.mean((labels != before)[before != VOID])
-    channels = [f"; channel {i} = {name}" for i, name in enumerate(names) if ending == ".npy"]
-    tqdm.write(f"wrote {out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed"
-               + "".join(channels))
+    said = f"wrote {out}: {W}x{H} pixels, {L} labels, {100 * changed:.1f}% of labels changed"
+    for i, name in enumerate(names if ending == ".npy" else ()):
+        said += f"; channel {i} is label {name}"
+    tqdm.write(said)
 
 
 def main(arguments=None):
