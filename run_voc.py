@@ -100,8 +100,8 @@ def build_parser():
         help="images that go through the network at once; fewer need less memory (default: all)")
     add("--rate", type=number(0, 1e9), metavar="X",
         help=f"multiplies every learning rate {default('rate')}")
-    add("--drop", type=number(0, 1), metavar="X", default=0.75, help="share of the iterations after which "
-        "learning rates fall to a tenth (default: 0.75; 1: never)")
+    add("--drop", type=number(0, 1), metavar="X", default=0.75,
+        help="share of the iterations after which learning rates fall to a tenth (default: 0.75)")
     add("--evaluate-every", type=COUNT, metavar="N",
         help=f"iterations between points of the curve {default('evaluate_every')}")
     add("--evaluate-images", type=COUNT, metavar="K",
@@ -360,7 +360,7 @@ def train_or_measure(args, device):
             model.crf = model.crf or start_crf(args, len(data.classes), stage)
             reports.measure(args.out, data, stage, model, args.train_list)
             del model                        # the next one needs its memory
-            args.weights = None              # named where the first starts; joint follows unary
+            args.weights = None              # was for the first; joint follows unary
         paths = checkpoints.present(args.out)
     reports.report(args.out, args.also, data, stage, paths, device)
 

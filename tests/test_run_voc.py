@@ -280,26 +280,21 @@ def test_curves_are_drawn_at_every_evaluation(toy_set, tmp_path, monkeypatch):
     assert {row["images"] for row in logs.read_log(tmp_path / "log.csv")} == {"1/2"}
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN")
-@pytest.mark.parametrize("label, size, miou", [(255, (12, 15), None), (2, (12, 15), 100.0),
-                                               (1, (1, 1), 100.0)],
-                         ids=["all void", "one class", "one pixel"])
-def test_pictures_with_little_in_them_run_to_the_end(tmp_path, capsys, label, size, miou):
+@pytest.mark.parametrize("size", [(12, 15), (1, 1)])
+def test_pictures_with_one_class_or_pixel_in_them_run_to_the_end(tmp_path, capsys, size):
     root, out, rng = tmp_path / "set", tmp_path / "out", np.random.default_rng(0)
     for folder in ("JPEGImages", "SegmentationClass", voc.LISTS):
         (root / folder).mkdir(parents=True)
     for name in ("p0", "p1", "p2"):
         image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(image).save(root / "JPEGImages" / f"{name}.png")
-        voc.save_labels(root / "SegmentationClass" / f"{name}.png", np.full(size, label, np.uint8))
+        voc.save_labels(root / "SegmentationClass" / f"{name}.png", np.full(size, 2, np.uint8))
     (root / voc.LISTS / "train.txt").write_text("p0\np1\n")
     (root / voc.LISTS / "val.txt").write_text("p2\n")
-    assert run_voc.main(["--voc", str(root), "--out", str(out), "--net", "tiny", *FAST]) == 0
+    assert run_voc.main(options(root, out)) == 0
     assert capsys.readouterr().err == ""
     results = json.loads((out / "results.json").read_text())
-    assert results["joint"]["miou"] == miou and results["joint"]["miou_band"] is None
-    losses = [float(row["loss"]) for row in logs.read_log(out / "log.csv") if row["loss"]]
-    assert losses == [0] * 4 if miou is None else np.isfinite(losses).all()
+    assert results["joint"]["miou"] == 100 and results["joint"]["miou_band"] is None
 
 
 def test_out_of_memory_names_smaller_settings_to_try(toy_set, tmp_path, monkeypatch, capsys):
