@@ -153,7 +153,8 @@ def test_a_checkpoint_is_written_every_few_minutes_whatever_evaluate_every_says(
     monkeypatch.setattr(run_voc, "SAVE_EVERY", 0)
     monkeypatch.setattr(run_voc.checkpoints, "save",
                         lambda path, model, info, optimiser: written.append(info["iteration"]))
-    assert run_voc.main(options(toy_set, tmp_path, "--stage", "unary", "--evaluate-every", "9")) == 0
+    arguments = options(toy_set, tmp_path, "--stage", "unary", "--evaluate-every", "9")
+    assert run_voc.main(arguments) == 0
     assert written == [1, 2, 3, 4]
 
 
