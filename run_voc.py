@@ -196,7 +196,8 @@ def start_model(args, data, start, stage, device):
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
     images, labels = zip(*map(data.load, data.train[:4]))
-    for line in voc.one_class(f"{args.voc}: the first training images", voc.count_labels(labels)):
+    present = {*np.unique(np.concatenate([each.ravel() for each in labels])).tolist()}
+    for line in voc.one_class(f"{args.voc}: the first training images", present):
         print(f"warning: {line}; --check looks at all")
     vgg.scale_fresh(net, fresh, model.inputs([model.resized(image) for image in images]))
     return model, fresh
@@ -227,7 +228,7 @@ def begin(args, data, stage, device):
                               "settings": settings, "arguments": vars(args), "iteration": 0}
     optimiser = training.optimizer(model, stage, info["fresh"], rate=args.rate[stage])
     if arrays:
-        checkpoints.restore(path, arrays, optimiser.velocity, "velocity_")
+        checkpoints.restore(arrays, optimiser.velocity, "velocity_")
     return model, optimiser, info
 
 
@@ -258,8 +259,8 @@ def train(args, data, stage, device):
             optimiser.scale = 0.1 if iteration > args.drop * end else 1.0
             with undisturbed():
                 unsaved = False                                          # no half steps
-                loss = training.checked_step(model, optimiser, batch, args.seed, iteration,
-                                             args.micro_batch)
+                loss = training.train_step(model, optimiser, batch, args.seed, iteration,
+                                           args.micro_batch)
                 info["iteration"], unsaved = iteration, True
                 log.add(iteration, model.crf, loss=loss, rate=optimiser.scale)
             bar.set_postfix_str(f"loss {loss:.3f}")
@@ -286,8 +287,8 @@ def evaluate(args, data, model, log):
     row = log.rows[-1]
     row |= evaluation.curve_point(model, data, args.evaluate_images)
     if int(row["iteration"]):                # at 0 an earlier run's rows are all there is
-        log.write()
         figures.curves(os.path.join(args.out, "curves.png"), log.rows)
+        log.write()                          # last: without it --resume does all of this again
     return f"mean IoU {row['miou']:.2f}" + (
         f" ({row['miou_unary']:.2f} without CRF)" if model.crf else "")
 
@@ -323,8 +324,7 @@ def run(args):
     """What the command line asks for; returns the exit code."""
     check_options(args)
     if args.check:
-        notes = []
-        problems = voc.check(args.voc, args.sbd, notes, args.labels)
+        problems, notes = loading.DataSet(args.voc, args.sbd, args.labels).check()
         print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
         return 2 if problems else 0
     device = choose_device(args.device)

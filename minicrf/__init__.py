@@ -19,6 +19,7 @@ Read the files of this folder in this order, each resting on those before it:
     localcrf        the earlier system: local factors, belief propagation   Eq. 3, Fig. 2
     optim           momentum SGD
     learning        a CRF alone, by likelihood
+    metrics         intersection over union, VOC's measure                  Sec. 4.2
     search          a CRF alone, by intersection over union, as [3] did
     training        network and CRF, one step, and the rates of each stage  Fig. 3
 

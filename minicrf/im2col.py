@@ -1,21 +1,21 @@
 """A convolution as one matrix product: the values under the kernel, laid out in columns (im2col).
 
-Block by block: the columns of a whole photograph would not fit into a processor's cache.
-Legend: B images, C channels, H x W pixels, k kernel size; a block is n rows of m images, n*W cells
+Tile by tile: the columns of a whole photograph would not fit into a processor's cache.
+Legend: B images, C channels, H x W pixels, k kernel size; a tile is n rows of m images, n*W cells
 of each, and its matrices have these m*n*W cells side by side.
 """
 import numpy as np
 
 from .arrays import array_module, for_each
 
-GPU_BYTES, CPU_BYTES = 2 ** 30, 2 ** 22     # of a block's columns
+GPU_BYTES, CPU_BYTES = 2 ** 30, 2 ** 22     # of a tile's columns
 CPU_CELLS = 800                             # at least: a product wants width
 
 
-def blocks(y, taps):
+def tiles(y, taps):
     """[(images, rows)], slices: a few rows of a large map or several small maps, each cell once.
 
-    y: (B, C, H, W); taps: the length of a column.  On the CPU no block has more than a quarter of
+    y: (B, C, H, W); taps: the length of a column.  On the CPU no tile has more than a quarter of
     the images, to keep threads busy.
     """
     B, _, H, W = y.shape
@@ -29,14 +29,14 @@ def blocks(y, taps):
             for b in range(0, B, m) for top in range(0, H, n)]
 
 
-def columns(x, block, kernel, dilation, padding):
-    """The values of x that the kernel sees from each output cell of the block: (C*k*k, m*n*W_out).
+def columns(x, tile, kernel, dilation, padding):
+    """The values of x that the kernel sees from each output cell of the tile: (C*k*k, m*n*W_out).
 
     x: (B, C, H, W), padded with `padding` zeros on every side.  One copy, from a view in which a
     value stands as often as the kernel sees it.
     """
     xp = array_module(x)
-    images, rows = block
+    images, rows = tile
     reach = (kernel - 1) * dilation
     first, last = rows.start - padding, rows.stop - padding + reach      # input rows, or beyond
     seen = x[images, :, max(first, 0):max(last, 0)]
@@ -54,39 +54,30 @@ def columns(x, block, kernel, dilation, padding):
     return view.reshape(C * kernel * kernel, -1)                         # (C*k*k, m*n*W_out)
 
 
-def pad(x, before, after, value):
-    """x (..., H, W) with `before` and `after` rows and columns of `value` around it."""
-    *leading, H, W = x.shape
-    shape = *leading, H + before + after, W + before + after
-    padded = array_module(x).full(shape, value, x.dtype)
-    padded[..., before:before + H, before:before + W] = x
-    return padded
-
-
-def read(y, block):
-    """The block's cells of y (B, C, H, W): a matrix (C, m*n*W)."""
-    images, rows = block
+def read(y, tile):
+    """The tile's cells of y (B, C, H, W): a matrix (C, m*n*W)."""
+    images, rows = tile
     return y[images, :, rows].swapaxes(0, 1).reshape(y.shape[1], -1)     # (C, m*n*W)
 
 
-def write(y, block, values):
-    """Put the matrix `values` (C, m*n*W) into the block's cells of y (B, C, H, W)."""
-    images, rows = block
+def write(y, tile, values):
+    """Put the matrix `values` (C, m*n*W) into the tile's cells of y (B, C, H, W)."""
+    images, rows = tile
     cells = y[images, :, rows].swapaxes(0, 1)                            # (C, m, n, W), a view
     cells[...] = values.reshape(cells.shape)                             # (C, m, n, W)
 
 
-def sum_of(function, blocks, x):
-    """The sum of function(block), an array, over all blocks; the work is on the array x.
+def sum_of(function, tiles, x):
+    """The sum of function(tile), an array, over all tiles; the work is on the array x.
 
     On the CPU in four threads' worth of parts, however many threads there are: the order in which
     floats are added stays the same.
     """
     def part(some):
         total = function(some[0])
-        for block in some[1:]:
-            total += function(block)
+        for tile in some[1:]:
+            total += function(tile)
         return total
 
-    parts = min(4 if array_module(x) is np else 1, len(blocks))
-    return sum(for_each(part, [blocks[i::parts] for i in range(parts)], x, products=True))
+    parts = min(4 if array_module(x) is np else 1, len(tiles))
+    return sum(for_each(part, [tiles[i::parts] for i in range(parts)], x, products=True))

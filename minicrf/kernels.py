@@ -50,7 +50,7 @@ class GaussianKernel:
         self.kappa = excluded[:, None]                                       # (N, 1)
 
     def filter(self, b):
-        """(K_hat - diag(kappa)) b: (N, C) -> (N, C), the rows of which are computed when read."""
+        """(K_hat - diag(kappa)) b: (N, C) -> (N, C); of many rows, each is computed when read."""
         K = self.K_with_self
         return self._without_self(K.blur(K.splat(b)), b)
 
@@ -65,7 +65,8 @@ class GaussianKernel:
             K_b -= self.kappa[rows] * b[rows]
             return K_b
 
-        return Rows(b.shape, of_rows)
+        several = len(blocks(len(b), b)) > 1
+        return Rows(b.shape, of_rows) if several else of_rows(slice(None))
 
     # forward: z^t = ... + (K_hat - diag(kappa)) q^(t-1) W,  t = 1..T
     def backward(self, A, K_A, B, W):
@@ -116,14 +117,19 @@ class GaussianKernel:
 
     def _crosses(self, A, B, W):
         """<F_k A, K_hat F_k B W>, with i = j, for each k: (d,)."""
-        scaled = for_each(self.K_with_self.scaled, list(self.F.T), self.F)   # splat: of F_k v
+        xp, K = array_module(A[0]), self.K_with_self
+        scaled = for_each(K.scaled, list(self.F.T), self.F)                  # splat: of F_k v
+        each = 1 if xp is np else len(scaled)        # a GPU blurs those of all k together
+        groups = [scaled[k:k + each] for k in range(0, len(scaled), each)]
 
-        def cross(task):
-            K, (a, b) = task
-            return (compatible(K.splat(a), W) * K.blur(K.splat(b))).sum(dtype=np.float64)
+        def crosses(task):
+            some, (a, b) = task
+            blurred = K.blur(side_by_side([K_k.splat(b) for K_k in some]))
+            return [(compatible(K_k.splat(a), W) * v).sum(dtype=np.float64)
+                    for K_k, v in zip(some, xp.split(blurred, len(some), axis=1))]
 
-        crosses = for_each(cross, list(itertools.product(scaled, zip(A, B))), A[0])
-        return array_module(A[0]).stack(crosses).reshape(len(scaled), -1).sum(axis=1)
+        found = sum(for_each(crosses, list(itertools.product(groups, zip(A, B))), A[0]), [])
+        return xp.stack(found).reshape(len(groups), -1, each).sum(axis=1).ravel()
 
 
 def grouped(steps, on_cpu):

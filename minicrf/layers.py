@@ -7,7 +7,7 @@ Legend: B images, C input channels, O output channels, H x W pixels, k kernel si
 import numpy as np
 
 from .arrays import array_module, for_each, pieces, product
-from .im2col import blocks, columns, pad, read, sum_of, write
+from .im2col import columns, read, sum_of, tiles, write
 
 
 class Layer:
@@ -59,11 +59,11 @@ class Conv2d(Layer):
         O, C, k, _ = w.shape
         y = array_module(x).empty((len(x), O, *map(self.output_size, x.shape[2:])), x.dtype)
 
-        def multiply(block):
-            under = columns(x, block, k, self.dilation, self.padding[0])         # (C*k*k, m*n*W)
-            write(y, block, w.reshape(O, -1) @ under + b[:, None])
+        def multiply(tile):
+            under = columns(x, tile, k, self.dilation, self.padding[0])          # (C*k*k, m*n*W)
+            write(y, tile, w.reshape(O, -1) @ under + b[:, None])
 
-        for_each(multiply, blocks(y, taps=C * k * k), y, products=True)
+        for_each(multiply, tiles(y, taps=C * k * k), y, products=True)
         return y
 
     def backward(self, dy):
@@ -75,11 +75,11 @@ class Conv2d(Layer):
         # forward: y = w columns(x) + b
         self.grads["b"] += dy.reshape(len(dy), O, -1).sum(axis=2).sum(axis=0)
         if not self.needs_dx:
-            def dw_of(block):
-                under = columns(x, block, k, self.dilation, self.padding[0])     # (C*k*k, m*n*W)
-                return under @ read(dy, block).T                         # faster than dy under^T
+            def dw_of(tile):
+                under = columns(x, tile, k, self.dilation, self.padding[0])      # (C*k*k, m*n*W)
+                return under @ read(dy, tile).T                          # faster than dy under^T
 
-            dw += sum_of(dw_of, blocks(dy, taps=C * k * k), dy).T.reshape(w.shape)
+            dw += sum_of(dw_of, tiles(dy, taps=C * k * k), dy).T.reshape(w.shape)
             return None
 
         # Input cell c reaches output cell c - tap: dx is dy correlated with the kernel turned by
@@ -88,13 +88,13 @@ class Conv2d(Layer):
         dx = array_module(x).empty_like(x)
         turned = w[:, :, ::-1, ::-1].transpose(1, 0, 2, 3).reshape(C, -1)        # (C, O*k*k)
 
-        def dw_and_dx_of(block):
-            reached = columns(dy, block, k, self.dilation,               # (O*k*k, m*n*W)
+        def dw_and_dx_of(tile):
+            reached = columns(dy, tile, k, self.dilation,                # (O*k*k, m*n*W)
                               (k - 1) * self.dilation - self.padding[0])
-            write(dx, block, turned @ reached)
-            return reached @ read(x, block).T
+            write(dx, tile, turned @ reached)
+            return reached @ read(x, tile).T
 
-        dturned = sum_of(dw_and_dx_of, blocks(dx, taps=O * k * k), dx).reshape(O, k, k, C)
+        dturned = sum_of(dw_and_dx_of, tiles(dx, taps=O * k * k), dx).reshape(O, k, k, C)
         dw += dturned[:, ::-1, ::-1].transpose(0, 3, 1, 2)               # (O, C, k, k)
         return dx
 
@@ -114,10 +114,13 @@ class ReLU(Layer):
 
     def backward(self, dy):
         """dy -> dx, any shape; overwrites dy."""
-        xp = array_module(dy)
         y, self.y = self.y, None
+
         # forward: y = max(x, 0)
-        for_each(lambda p: xp.multiply(dy[p], y[p] > 0, out=dy[p]), pieces(dy), dy)
+        def pass_on(dy, y):
+            array_module(dy).multiply(dy, y > 0, out=dy)
+
+        for_each(lambda p: pass_on(dy[p], y[p]), pieces(dy), dy)
         return dy
 
 
@@ -143,9 +146,11 @@ class MaxPool2d(Layer):
         planes = x.reshape(-1, *x.shape[2:])                             # (B*C, H, W)
         y = xp.empty((len(planes), H_out, W_out), x.dtype)
         winner = xp.zeros(y.shape, xp.uint8) if train else None
+        around = ((0, 0), self.padding, self.padding)
 
         def pool(p):
-            taps = self.taps(pad(planes[p], *self.padding, value=-np.inf), H_out, W_out)
+            padded = xp.pad(planes[p], around, constant_values=-np.inf)
+            taps = self.taps(padded, H_out, W_out)
             best, won = y[p], winner[p] if train else None               # views
             best[...] = next(taps)
             for number, tap in enumerate(taps, start=1):
@@ -164,12 +169,12 @@ class MaxPool2d(Layer):
         xp = array_module(dy)
         winner, self.winner = self.winner, None
         _, _, H, W = self.shape_in
-        before, _ = self.padding
+        before, after = self.padding
         dy = dy.reshape(winner.shape)                                    # (B*C, H_out, W_out)
         dx = xp.empty((len(dy), H, W), dy.dtype)
 
         def scatter(p):
-            padded = pad(xp.zeros_like(dx[p]), *self.padding, 0)
+            padded = xp.zeros((len(dx[p]), before + H + after, before + W + after), dy.dtype)
             # forward: y = x at the winning tap
             for number, tap in enumerate(self.taps(padded, *dy.shape[1:])):
                 tap += dy[p] * (winner[p] == number)

@@ -61,11 +61,11 @@ def learn(crf, samples, epochs=10, rate=1.0, rate_w=0.3, rate_sigma=0.1, momentu
             optimiser.step()
             crf.project()
             losses[epoch, i] = float(loss)
-            check_step(losses[epoch, i], crf.params)
+            check_finite(losses[epoch, i], crf.params)
     return losses
 
 
-def check_step(loss, params):
+def check_finite(loss, params):
     """Raises ValueError where a step left numbers that no next step and no checkpoint can use."""
     if not np.isfinite(loss):
         raise ValueError(f"found loss {loss}, expected a finite one")

@@ -109,14 +109,14 @@ class LocalCRF:
     def loss(self, labels):
         """-log p(y | x) over the number of labelled pixels, Eq. 2, after forward; a 0-d array.
 
-        labels: H*W integers in 0..L-1, or VOID, in any shape.  Void pixels are summed over: p is
-        Z_y / Z, where in Z_y they alone are free.  To take them out of the graph would be cheaper,
-        but they lie where labels change, and without those edges w would learn to grow.
+        labels: (H, W) integers in 0..L-1, or VOID; also in a row, (H*W,).  Void pixels are summed
+        over: p is Z_y / Z, where in Z_y they alone are free.  To take them out of the graph would
+        be cheaper, but they lie where labels change, and without those edges w would learn to grow.
         """
         f, xp = self._scores, np
-        y = to_host(labels).reshape(f.shape[:2])                             # (H, W)
-        check_labels(y, y.shape, self.n_labels)
-        y = y[..., None]
+        y = to_host(labels)
+        check_labels(y, (y.size,) if y.ndim == 1 else f.shape[:2], self.n_labels)
+        y = y.reshape(*f.shape[:2], 1)                                       # (H, W, 1)
         labelled = y != VOID
         self._labelled = xp.maximum(labelled.sum(), 1).astype(f.dtype)
         # without void pixels log Z_y is F(x, y), found in two rounds
@@ -125,19 +125,18 @@ class LocalCRF:
         return (self.log_partition - log_Z_y) / self._labelled
 
     # forward: loss = (log Z - log Z_y) / labelled
-    def backward(self, dloss=1.):
+    def backward(self):
         """Marginals minus truth: dL/dscores (H, W, L); adds dL/dw into grads.  Fig. 2, step 3.
 
-        dloss: dL/dloss.  Messages stand still where log Z is stationary in them: nothing is to be
-        tracked back through the rounds, and the gradient is as exact as they have converged.
+        Messages stand still where log Z is stationary in them: nothing is to be tracked back
+        through the rounds, and the gradient is as exact as they have converged.
         """
-        scale = dloss / self._labelled
         dw = np.zeros(2)
         for P, P_y, contrast in zip(self._same, self._same_y, self._contrasts):
             d = P - P_y                                                      # (S-1, 1, P)
             dw += d.sum(dtype=np.float64), (contrast * d).sum(dtype=np.float64)
-        self.grads["w"] += scale * dw
-        return to_device(scale * (self._b - self._b_y), self._device)
+        self.grads["w"] += dw / self._labelled
+        return to_device((self._b - self._b_y) / self._labelled, self._device)
 
 
 def _sweep(z, forth, back, c, rho):

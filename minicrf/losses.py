@@ -5,7 +5,8 @@ network alone and z = z^T, the logits of the last mean-field step, for the netwo
 Legend: N pixels, L labels.
 """
 from .arrays import array_module, row_maxima, row_sums
-from .inputs import VOID
+from .inputs import VOID, check_labels
+
 
 def softmax(z):
     """exp(z) / sum exp(z) over the last axis: marginals, any shape (..., L) -> (..., L).
@@ -21,14 +22,14 @@ def softmax(z):
 def softmax_loss(z, labels):
     """Eq. 6 divided by the number of labelled pixels, and its gradient, q - onehot(y).
 
-    z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.  Others are the
-    caller's to refuse while labels are on the host: NumPy raises IndexError, but CuPy takes them
-    without a word, and asking the GPU would mean to wait for it.
+    z: (N, L) logits; labels: (N,) integers in 0..L-1, or VOID for pixels left out.  Raises
+    ValueError for others on the host; a GPU would have to be waited for.
     Returns (loss, dz): a 0-d array (so that a GPU need not wait) and an (N, L) array.  Where no
     pixel is labelled both are zero.  Written with log-sum-exp: neither log 0 nor 1/q can occur
     (Eq. 8 joined with the softmax's Jacobian).
     """
     xp = array_module(z)
+    check_labels(labels, z.shape[:1], z.shape[1])
     labelled = labels != VOID                                            # (N,)
     weight = labelled.astype(z.dtype)                                    # (N,)
     weight /= xp.maximum(labelled.sum(), 1).astype(z.dtype)

@@ -30,8 +30,8 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features, dtype=None):
-        n, ranks, weights = _simplices(features, dtype)           # each (d+1, N)
-        corners, points, steps = _corners(n, ranks)                   # (N, d+1), (P,), (d+1,)
+        simplices, words, steps, ranks, weights = _simplices(features, dtype)
+        corners, points = _corners(simplices, words, steps, ranks)           # (N, d+1), (P,)
         d = len(weights) - 1
         self.alpha = 1 / (1 + 2.0**-d)
         self.diagonal = self.alpha * _self_response(weights)                 # (N,)
@@ -94,11 +94,16 @@ class PermutohedralLattice:
 
 
 def _simplices(features, dtype=None):
-    """plain.simplex for all features: (n, ranks, weights), each (d+1, N).
+    """plain.simplex for all features: their simplices and words (N,), steps (d+1,), ranks and
+    weights (d+1, N).
 
     floor(a + lambda) visits the corners of a feature's simplex while lambda runs from 0 to 1.  It
     begins at n = floor(a).  ranks: in which order its coordinates move on, the one with the largest
     remainder first: corner r is n + [rank < r].  weights: how long it stays at each corner.
+
+    A point is n modulo (1, .., 1), so n_j - n_0, j = 1..d, tell it.  Its word is one integer,
+    linear in them: n_j + 1 adds steps[j] to it, wherever it was.  The integer that names a simplex
+    has d ranks as further digits.
     Raises ValueError where features are not (N, d) or not finite.
     """
     if features.ndim != 2 or 0 in features.shape:
@@ -108,26 +113,32 @@ def _simplices(features, dtype=None):
     if N * (d + 1) >= LARGEST_SIZE:
         raise ValueError(f"features: found {N} of {d} dimensions, too many for one lattice: "
                          f"N (d + 1) must stay under {LARGEST_SIZE}; filter parts of the image")
-    reach = float(abs(features).max())
-    if not reach < LARGEST_COORDINATE:
-        raise ValueError(f"features: found magnitude {reach:g}, expected finite values under "
+    reach = to_host(xp.stack([abs(F_k).max() for F_k in features.T]))    # (d,)
+    if not reach.max() < LARGEST_COORDINATE:
+        raise ValueError(f"features: found magnitude {reach.max():g}, expected finite values under "
                          f"{LARGEST_COORDINATE:g} kernel widths")
     # float32 leaves too few digits for the place within the cell when there are many cells
-    precise = features.dtype if reach < 2**12 else np.dtype(np.float64)
-    n = xp.empty((d + 1, N), np.int32)
+    precise = features.dtype if reach.max() < 2**12 else np.dtype(np.float64)
+    axes = _elevate(np.eye(d))                                           # (d+1, d)
+    # corners and their neighbours lie up to 3 further
+    spans = [2 * int(most) + 9 for most in abs(axes[1:] - axes[0]) @ reach]
+    rank_units, units = np.split(_units([d + 1] * d + spans), 2)
+    steps = np.append(-units.sum(), units)                               # they sum to 0
+    words, simplices = xp.empty(N, np.int64), xp.empty(N, np.int64)
     ranks = xp.empty((d + 1, N), np.int8)
     weights = xp.empty((d + 1, N), dtype or features.dtype)
 
     def locate(rows):
         a = _elevate(features[rows].T.astype(precise))                       # (d+1, rows)
-        whole = xp.floor(a)
-        remainders = a - whole
-        n[:, rows] = whole
-        ranks[:, rows] = _ranks(remainders)
+        n = xp.floor(a)
+        remainders = a - n
+        ranks[:, rows] = rank = _ranks(remainders)
         weights[:, rows] = _stays(remainders)
+        words[rows] = word = sum(n_j.astype(np.int64) * step for n_j, step in zip(n, steps))
+        simplices[rows] = word + sum(r.astype(np.int64) * u for r, u in zip(rank, rank_units))
 
     for_each(locate, blocks(N, features), features)
-    return n, ranks, weights
+    return simplices, words, steps, ranks, weights
 
 
 def _elevate(features):
@@ -177,44 +188,20 @@ def _stays(remainders):
                      *(ordered[r - 1] - ordered[r] for r in range(1, d + 1))])
 
 
-def _corners(n, ranks):
-    """The lattice points at the simplices' corners: numbers (N, d+1), words (P,), steps (d+1,).
+def _corners(simplices, words, steps, ranks):
+    """The lattice points at the simplices' corners: numbers (N, d+1), and their words (P,).
 
-    A point is n modulo (1, .., 1), so n_j - n_0, j = 1..d, tell it.  Its word is one integer,
-    linear in them: a step along axis j, n_j + 1, adds steps[j] wherever it starts.  Points are
-    numbered in the order of their words.
+    Points are numbered in the order of their words.
     """
-    xp = array_module(n)
-    d = len(n) - 1
-    digits = n[1:] - n[0]                                                    # (d, N)
-    low, high = to_host(xp.stack([digits.min(axis=1), digits.max(axis=1)])).tolist()
-    spans = [highest - lowest + 5 for lowest, highest in zip(low, high)]     # corners and steps too
-    # a simplex' word has d ranks as further digits
-    rank_units, units = np.split(_units([d + 1] * d + spans), 2)
-    steps = np.append(-units.sum(), units)                                   # (d+1,): they sum to 0
-    words = sum(digit.astype(np.int64) * unit for digit, unit in zip(digits, units))     # (N,)
-    simplices = words + sum(rank.astype(np.int64) * unit for rank, unit in zip(ranks, rank_units))
-
+    xp = array_module(words)
     # pixels share simplices: the corners of each are needed only once
     _, numbers, member = _distinct(simplices)                                # (N,), (s,)
     ranks = xp.take(ranks, member, axis=1)                                   # (d+1, s)
-    words = words[member]                                                    # (s,)
-
-    def corners_of(some):
-        r = xp.asarray(some, dtype=ranks.dtype)[:, None]
-        at = words + sum((rank < r) * step for rank, step in zip(ranks, steps))
-        points, corners, _ = _distinct(at.ravel())
-        return points, corners.reshape(len(some), -1)
-
-    if xp is not np:
-        points, corners = corners_of(range(d + 1))                           # (P,), (d+1, s)
-    else:
-        # each r by itself, in threads: corners of different r are never one point
-        points, corners = zip(*for_each(corners_of, [[r] for r in range(d + 1)], ranks))
-        firsts = np.cumsum([0] + [len(some) for some in points])
-        points, places, _ = _distinct(np.concatenate(points))
-        corners = np.concatenate([places[first + each] for first, each in zip(firsts, corners)])
-    return xp.take(xp.ascontiguousarray(corners.T), numbers, axis=0), points, steps
+    r = xp.arange(len(ranks), dtype=ranks.dtype)[:, None]
+    corners = words[member] + sum((rank < r) * step for rank, step in zip(ranks, steps))
+    points, corners, _ = _distinct(corners.ravel())                          # of (d+1, s)
+    corners = xp.ascontiguousarray(corners.reshape(len(ranks), -1).T)        # (s, d+1)
+    return xp.take(corners, numbers, axis=0), points
 
 
 def _units(spans):
@@ -232,7 +219,7 @@ def _units(spans):
 def _distinct(words):
     """The distinct words, sorted (P,); the number among them of each word (n,); where they are."""
     xp = array_module(words)
-    order = _order(words)                                 # (n,)
+    order = words.argsort()                               # (n,)
     words = words[order]
     new = xp.ones(len(words), dtype=bool)
     new[1:] = words[1:] != words[:-1]
@@ -240,19 +227,6 @@ def _distinct(words):
     numbers[order] = xp.cumsum(new, dtype=np.int32) - 1
     first = xp.flatnonzero(new)                           # (P,)
     return words[first], numbers, order[first]
-
-
-def _order(words):
-    """The places of the words in sorted order, of equal ones the first first: (n,)."""
-    if array_module(words) is not np:
-        return words.argsort()
-    # NumPy sorts 16 bits in linear time: so digit by digit, the lowest first
-    keys = (words - words.min()).view(np.uint64)
-    order = np.argsort(keys.astype(np.uint16), kind="stable")
-    for shift in range(16, int(keys.max()).bit_length(), 16):
-        digits = (keys[order] >> np.uint64(shift)).astype(np.uint16)
-        order = order[np.argsort(digits, kind="stable")]
-    return order
 
 
 def _self_response(weights):

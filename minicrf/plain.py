@@ -13,10 +13,13 @@ def taps(x, k, stride, hole):                         # (C, H, W) -> k * k views
 
 def conv2d(x, w, b, hole):                            # (C, H, W), (O, C, k, k), (O,) -> (O, H, W)
     """Convolution with holes: y = b + sum_ij w_ij x_ij over the taps."""
-    (_, H, W), k, p = x.shape, w.shape[2], hole * (w.shape[2] - 1) // 2  # p zeros around x
-    x, y = np.pad(x, ((0, 0), (p, p), (p, p))), b[:, None, None]
+    (_, H, W), k = x.shape, w.shape[2]
+    p = hole * (k - 1) // 2                           # zeros around x: y is as large as x
+    x = np.pad(x, ((0, 0), (p, p), (p, p)))
+    y = b[:, None, None]
     for (i, j), x_ij in zip(np.ndindex(k, k), taps(x, k, 1, hole)):
         y = y + np.tensordot(w[:, :, i, j], x_ij, 1)
+
     def backward(dy):                                 # -> dx, dw, db
         dx, dw = np.zeros_like(x), np.zeros_like(w)
         for (i, j), x_ij, dx_ij in zip(np.ndindex(k, k), taps(x, k, 1, hole), taps(dx, k, 1, hole)):
@@ -33,6 +36,7 @@ def max_pool2d(x, stride, hole, padding):             # (C, H, W) -> (C, h, w)
     (_, H, W), (before, _) = x.shape, padding
     x = np.pad(x, ((0, 0), padding, padding), constant_values=-np.inf)
     values = np.stack(taps(x, 2, stride, hole))                          # (4, C, h, w)
+
     def backward(dy):                                 # to the first of the largest
         dx, winner = np.zeros_like(x), values.argmax(axis=0)
         for number, tap in enumerate(taps(dx, 2, stride, hole)):
@@ -51,6 +55,7 @@ def network(x, net):                                  # (3, H, W) -> scores (L, 
     for (layer, geometry, _), params in zip(NET, net):
         x, backward = layer(x, *params, *geometry)
         backwards.append(backward)
+
     def backward(dx):                                 # -> [dw, db, dw, db, ...]
         grads = []
         for layer_backward in reversed(backwards):
@@ -66,6 +71,7 @@ def interpolation(pixels, cells):                     # -> R (pixels, cells), tw
         step, centre = step * stride, centre + step * (hole / 2 - before)    # middle of its taps
     at = np.clip((np.arange(pixels) - centre) / step, 0, cells - 1)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells)))
+
 def upsample(S, R_y, R_x):                            # (L, h, w) -> (N, L)
     """Bilinear: Y = R_y S R_x^T for each label, the scores of every pixel."""
     Y = (R_y @ S @ R_x.T).reshape(len(S), -1).T       # (L, H, W) -> (L, N) -> (N, L)
@@ -74,19 +80,22 @@ def upsample(S, R_y, R_x):                            # (L, h, w) -> (N, L)
 # --- The loss (Sec. 3.2) and the update -----------------------------------------------------------
 def log_softmax(z):                                   # (..., L) -> (..., L)
     return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+
 def softmax(z):                                       # (..., L) -> (..., L)
     return np.exp(log_softmax(z))
 
 def softmax_loss(z, y):                               # (N, L), (N,) -> loss, dz (N, L)
     """Eq. 6 for q = softmax(z), over the n pixels that are not void (255), divided by n."""
-    i, dz = np.flatnonzero(y != 255), np.zeros_like(z)
-    log_q, onehot = log_softmax(z[i]), np.eye(z.shape[1])[y[i]]
+    i = np.flatnonzero(y != 255)
+    log_q, onehot = log_softmax(z[i]), np.eye(z.shape[1])[y[i]]          # (n, L)
+    dz = np.zeros_like(z)
     dz[i] = (np.exp(log_q) - onehot) / len(i)         # Eq. 8 through the softmax: q - onehot(y)
     return -(log_q * onehot).sum() / len(i), dz
 
 def sgd(params, grads, velocity, rates, momentum=0.9):           # lists of arrays, in place
     for p, g, v, rate in zip(params, grads, velocity, rates):
-        v[...] = momentum * v - rate * (g + 0.0005 * (p.ndim == 4) * p)  # decay: convolutions' w
+        decay = 0.0005 if p.ndim == 4 else 0          # of the convolutions' w alone
+        v[...] = momentum * v - rate * (g + decay * p)
         p += v
 
 # --- The fully connected CRF (Sec. 3.1) -----------------------------------------------------------
@@ -96,6 +105,7 @@ def gaussian_kernel(p, log_sigma):                    # (N, d), (d,) -> K_hat (N
     K = np.exp(-sum((F_k[:, None] - F_k) ** 2 for F_k in F.T) / 2)
     n = K.sum(axis=1)                                 # paper silent: D^-1/2 K D^-1/2, D = diag(n)
     K_hat = (K - np.eye(len(n))) / np.sqrt(n[:, None] * n)
+
     def backward(dK_hat):                             # -> dlog_sigma (d,)
         dn = -((dK_hat * K_hat).sum(axis=1) + (dK_hat * K_hat).sum(axis=0)) / (2 * n)
         dK = dK_hat / np.sqrt(n[:, None] * n) + dn[:, None]
@@ -117,6 +127,7 @@ def log_marginals(z, c):                              # (N, L) -> u = log q (N, 
         h, r = q / (1 + c * q), z - u - c * q
         lam = ((h * r + q).sum(axis=1, keepdims=True) - 1) / h.sum(axis=1, keepdims=True)
         u = u + (r - lam) / (1 + c * q)
+
     def backward(du):                                 # (1 + c q) du = dz - dlambda, sum_l q du = 0
         g = du / (1 + c * q)
         return g - h * g.sum(axis=1, keepdims=True) / h.sum(axis=1, keepdims=True)
@@ -129,7 +140,9 @@ def mean_field(f, K, W, T=5, c=0):                    # (N, L), (M, N, N), (M, L
     for t in range(1, T + 1):
         z = f + (K @ q[t - 1] @ W).sum(axis=0) + c * q[t - 1]            # (M, N, L) -> (N, L)
         u, back = log_marginals(z, c)                 # c = 0: u^t = log softmax(z^t)
-        q, into_z = q + [np.exp(u)], into_z + [back]
+        q.append(np.exp(u))
+        into_z.append(back)
+
     def backward(du):                                 # for Eq. 6 q^T - onehot(y) -> df, dK, dW
         df, dK, dW = np.zeros_like(f), np.zeros_like(K), np.zeros_like(W)
         for t in range(T, 0, -1):                     # Fig. 3, step 3
@@ -153,10 +166,12 @@ def simplex(F_i):                                     # (d,) -> lattice points, 
     times = np.append(0, np.sort(leaves))             # the last point is the first, a round later
     corners = [np.floor(a) + (leaves <= time) for time in times]
     return [tuple((d + 1) * n - n.sum()) for n in corners], np.diff(np.append(times, 1))
+
 def lattice_filter(F, values):                        # (N, d), (N, C) -> about K values (N, C)
     """O(N) instead of K's O(N^2): splat, blur, slice on a dictionary, point -> row of values."""
-    d, lattice = F.shape[1], {}
-    corners = [[*zip(*simplex(F_i))] for F_i in F]
+    d = F.shape[1]
+    corners = [[*zip(*simplex(F_i))] for F_i in F]    # of each feature: (point, weight)
+    lattice = {}
     for at, value in zip(corners, values):            # splat, each value on its corners
         for x, b in at:
             lattice[x] = lattice.get(x, 0) + b * value
@@ -177,6 +192,7 @@ def joint(image, net, crf):                           # (H, W, 3) -> u = log q^T
     p = np.column_stack([x.ravel(), y.ravel(), image.reshape(-1, 3)])    # (N, 5): x, y, R, G, B
     K, into_sigma = zip(*map(gaussian_kernel, (p[:, :2], p), crf[1:]))
     u, into_crf = mean_field(f, np.stack(K), crf[0][:, None, None] * np.eye(6))      # step 2; Potts
+
     def backward(du):                                 # -> of the network, w, log sigmas
         df, dK, dW = into_crf(du)                                        # step 3
         dlog_sigmas = [into(dK_m) for into, dK_m in zip(into_sigma, dK)]
@@ -209,7 +225,7 @@ def evaluate(name, stage, net, crf, pictures):        # -> mean IoU in percent
 def gradient_error(image, y, net, crf, rng, h=1e-6):  # relative, along a random direction
     params, losses = sum(net, []) + crf, []
     direction = [rng.normal(size=p.shape) for p in params]
-    for step in (h, -2 * h, h):                       # there, to the other side, and back
+    for step in (h, -2 * h, h):                       # ahead, to the other side, and back
         for p, v in zip(params, direction):
             p += step * v
         u, backward = joint(image, net, crf)
@@ -229,7 +245,7 @@ def main(seed=0):
     for steps, rate in ((1600, 0.01), (400, 0.001)):
         train(unary, net, crf, pictures[:400], [rate] * 10, steps, rng)
     before = evaluate("unary", unary, net, crf, pictures[400:])
-    evaluate("CRF on top, nothing learned", joint, net, crf, pictures[400:])
+    evaluate("untrained CRF on top", joint, net, crf, pictures[400:])
     error = gradient_error(*pictures[0], net, crf, rng)
     print(f"joint gradient against differences: relative error {error:.0e}\nStage 2: both learn.")
     train(joint, net, crf, pictures[:400], [0.0001] * 10 + [0.02] * 3, 60, rng)

@@ -8,15 +8,14 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w", newline=None):
-    """A file to write into that takes the place of `path` once it is whole.
+def replacing(path, mode="w"):
+    """A file to write into, under a random name, that takes the place of `path` once it is whole.
 
-    It is a new file beside it, under a random name.  Raises OSError, naming the file; an
-    interrupted or failed write leaves the earlier file whole.
+    Raises OSError, naming the file; an interrupted or failed write leaves the earlier file whole.
     """
     beside = os.path.join(os.path.dirname(path), f".minicrf-{secrets.token_hex(8)}.tmp")
     try:
-        with open(beside, mode.replace("w", "x"), newline=newline) as file:
+        with open(beside, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,7 +32,7 @@ def read_npz(path):
     """All arrays of a .npz file.  Raises ValueError with one line."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: np.asarray(archive[key]) for key in archive.files}
+            return dict(archive)
     except Exception as error:      # zipfile, zlib and numpy raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .npz file: {reason(error)}") from None
 
@@ -43,7 +42,7 @@ def save_crf(path, crf, options):
     options = {name: getattr(crf, name) for name in options}
     text = json.dumps(options, default=lambda number: number.item())         # of NumPy
     with replacing(path, "wb") as file:
-        np.savez(file, options=np.array(text), **crf.params)
+        np.savez(file, options=text, **crf.params)
 
 
 def load_crf(path, build):

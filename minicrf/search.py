@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 
 from .arrays import to_host
-from .inputs import VOID, check_labels
+from .inputs import check_labels
+from .metrics import confusion_matrix, mean_iou
 
 COARSE = {"w_bilateral": (2., 4., 7., 10.),
           "sigma_bilateral": ((20., 7.), (20., 13.), (40., 7.), (40., 13.), (80., 7.), (80., 13.))}
@@ -61,13 +62,6 @@ def cross_fitted(table):
     return fitted
 
 
-def mean_iou(counts):
-    """Mean IoU in percent of counts (L, L), over the classes that are in the truth."""
-    hits, truth = counts.diagonal(), counts.sum(axis=1)
-    union = truth + counts.sum(axis=0) - hits
-    return 100 * np.mean(hits[truth > 0] / union[truth > 0])
-
-
 def _measure(crf, samples, grid, tqdm):
     """[({name: value}, counts (I, L, L))] for each point of the grid."""
     widths = {name: values for name, values in grid.items() if name.startswith("sigma_")}
@@ -84,17 +78,12 @@ def _measure(crf, samples, grid, tqdm):
                 for name, value in zip(weights, w):
                     _set(crf, name, value)
                 q = crf._infer(scores, kernels, train=False)
-                counts[-1].append(_count(labels, q.argmax(axis=-1), crf.n_labels))
+                counts[-1].append(confusion_matrix(to_host(labels), to_host(q.argmax(axis=-1)),
+                                                   crf.n_labels))
     points = [dict(zip((*widths, *weights), values))
               for values in itertools.product(*widths.values(), *weights.values())]
     return [({name: point[name] for name in grid}, each)
             for point, each in zip(points, np.stack(counts, axis=1))]
-
-
-def _count(labels, found, L):
-    labels, found = to_host(labels).ravel(), to_host(found).ravel()
-    known = labels != VOID
-    return np.bincount(L * labels[known].astype(int) + found[known], minlength=L * L).reshape(L, L)
 
 
 def _best(table):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .arrays import array_module, for_each, to_device, to_host
-from .learning import check_step, crf_gradients
+from .learning import check_finite, crf_gradients
 from .losses import softmax_loss
 from .optim import SGD
 from .vgg import seed_dropout
@@ -129,32 +129,29 @@ def optimizer(model, stage, fresh, momentum=0.9, weight_decay=5e-4, rate=1.0,
     return SGD(params, grads, rates, decays, momentum)
 
 
-@np.errstate(over="ignore", invalid="ignore")        # what is not finite is found by check_step
+@np.errstate(over="ignore", invalid="ignore")        # found by check_finite
 def train_step(model, optimiser, batch, seed, iteration, micro_batch=None):
-    """One update from one batch; returns its loss as a 0-d array.
+    """One update from one batch; returns its loss, a float.
 
     batch: as in accumulate_gradients.  seed, iteration: name the dropout masks.
     micro_batch: images that go through the network together (None: all); gradients are summed.
+    Raises FloatingPointError, with one line, where the step left numbers that no next step and no
+    checkpoint can use.
     """
     train_net = "fc8_w" in optimiser.params
     size = micro_batch or len(batch)
     loss = 0
-    for start in range(0, len(batch), size):
-        seed_dropout(model.net, seed, iteration, start)
-        loss += accumulate_gradients(model, batch[start:start + size], 1 / len(batch), train_net)
-    # Step 5: parameter update
-    optimiser.step()
-    if model.crf is not None:
-        model.crf.project()
-    return loss
-
-
-def checked_step(model, optimiser, batch, seed, iteration, micro_batch=None):
-    """train_step's loss as a float, once it is certain that the next step and checkpoints can use
-    what this one left; FloatingPointError otherwise, with one line."""
     try:
-        loss = float(train_step(model, optimiser, batch, seed, iteration, micro_batch))
-        check_step(loss, optimiser.params)
+        for start in range(0, len(batch), size):
+            seed_dropout(model.net, seed, iteration, start)
+            loss += accumulate_gradients(model, batch[start:start + size], 1 / len(batch),
+                                         train_net)
+        # Step 5: parameter update
+        optimiser.step()
+        if model.crf is not None:
+            model.crf.project()
+        loss = float(loss)
+        check_finite(loss, optimiser.params)
         return loss
     except ValueError as error:              # also from the CRF: its scores, its sigmas
         raise FloatingPointError(f"iteration {iteration}: {error}; checkpoints written before are "

@@ -1,4 +1,6 @@
 """The CRF in dense matrices, no more than Eq. 5 and 9 say: what tests measure the engine by."""
+import itertools
+
 import numpy as np
 from scipy.special import wrightomega, xlogy
 
@@ -42,6 +44,17 @@ def free_energy(q, f, K, W):
     """KL(q || p) less log Z; W (M, L, L)."""
     return (xlogy(q, q) - q * f).sum() - sum((q * (K_m @ q @ W_m)).sum()
                                              for K_m, W_m in zip(K, W)) / 2
+
+
+def kl(q, f, K, W):
+    """KL(q || P) of Eq. 4 by all L^N labellings, up to log Z."""
+    N, L = f.shape
+    y = np.array(list(itertools.product(range(L), repeat=N)))            # (L^N, N)
+    log_P = f[range(N), y].sum(axis=1)
+    for i, j in itertools.combinations(range(N), 2):
+        log_P += sum(K_m[i, j] * W_m[y[:, i], y[:, j]] for K_m, W_m in zip(K, W))
+    Q = q[range(N), y].prod(axis=1)
+    return (Q * (np.log(Q) - log_P)).sum()
 
 
 def as_matrices(w, n_labels):

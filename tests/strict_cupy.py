@@ -2,7 +2,8 @@
 
 It refuses what CuPy refuses: implicit conversion, NumPy arrays among its own, names and keywords
 that CuPy lacks.  It also refuses what CuPy does silently and slowly: NumPy arrays and lists as
-indices or values, NumPy's functions on its arrays.  New memory holds NaN, as it may on a device.
+indices or values, NumPy's functions on its arrays, operands that overlap `out` as another object.
+New memory holds NaN, as it may on a device.
 """
 import operator
 import types
@@ -14,15 +15,15 @@ import scipy.sparse
 FUNCTIONS = """
     arange argmax argsort ascontiguousarray bincount broadcast_to clip concatenate cumsum einsum exp
     flatnonzero floor full full_like log matmul maximum meshgrid minimum moveaxis multiply ones
-    ones_like searchsorted split sqrt stack sum take take_along_axis unique where zeros
+    ones_like pad searchsorted split sqrt stack sum take take_along_axis unique where zeros
     zeros_like""".split()
 TYPES = "bool_ float32 float64 int8 int16 int32 int64 uint8".split()
 METHODS = """
     all any argmax argmin argsort astype clip copy cumsum dot max mean min prod ravel repeat reshape
     round squeeze std sum swapaxes take transpose var view""".split()
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
-KEYWORDS = {"axis", "copy", "ddof", "dtype", "indexing", "keepdims", "kind", "minlength", "out",
-            "return_inverse"}
+KEYWORDS = {"axis", "constant_values", "copy", "ddof", "dtype", "indexing", "keepdims", "kind",
+            "minlength", "out", "return_inverse"}
 LISTS = {"meshgrid", "stack", "concatenate"}             # functions of several device arrays
 SCALARS = bool, int, float, complex, np.generic
 
@@ -128,8 +129,12 @@ def _arguments(name, args, kwargs):
 def _function(name):
     def function(*args, **kwargs):
         given, named = _arguments(name, args, kwargs)
+        out = kwargs.get("out")
+        if any(x is not out and isinstance(x, ndarray) and np.may_share_memory(x._host, out._host)
+               for x in args if out is not None):
+            raise ValueError(f"{name}: an operand overlaps out; CuPy would copy it")
         result = getattr(np, name)(*given, **named)
-        return kwargs["out"] if kwargs.get("out") is not None else _wrap(result)
+        return _wrap(result) if out is None else out
     return function
 
 

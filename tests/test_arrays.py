@@ -2,7 +2,6 @@
 import contextlib
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -31,20 +30,14 @@ def test_everything_works_without_cupy(monkeypatch):
     x = np.arange(3.0)
     assert array_module(x) is np and sparse_module(x) is scipy.sparse
     assert gpu_available() is False
-    assert to_device(x, "cpu") is x and to_host(x) is x
     with pytest.raises(ValueError, match="found 'gpu', but cupy is not installed"):
         to_device(x, "gpu")
 
 
 def test_cpu_arrays_are_not_copied():
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert to_host(x) is x
-    assert to_device(x, "cpu") is x
-
-
-def test_lists_become_arrays():
-    x = to_device([1, 2], "cpu")
-    assert isinstance(x, np.ndarray) and x.tolist() == [1, 2]
+    assert to_host(x) is x and to_device(x, "cpu") is x
+    assert to_device([1, 2], "cpu").tolist() == [1, 2]                   # but lists become arrays
 
 
 @pytest.mark.parametrize("device", ["cuda", "GPU", "", None, 0])
@@ -54,23 +47,9 @@ def test_unknown_device_is_named(device):
     assert str(error.value) == f"device: found {device!r}, expected 'cpu' or 'gpu'"
 
 
-def test_no_gpu_is_one_line(monkeypatch):
-    monkeypatch.setattr(arrays, "cupy", None)
-    with pytest.raises(ValueError) as error:
-        to_device(np.ones(2), "gpu")
-    assert "gpu" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_cupy_is_imported_in_arrays_alone():
-    package = pathlib.Path(minicrf.__file__).parent
-    importers = [file.name for file in sorted(package.glob("*.py"))
-                 if re.search(r"^\s*(import|from)\s+cupy", file.read_text("utf-8"), re.M)]
-    assert importers == ["arrays.py"]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own():
-    """As the workers of multiprocessing are on Linux: with the parent's they would wait for ever."""
+    """As workers of multiprocessing are on Linux: with the parent's they would wait for ever."""
     script = """
 import os, sys, warnings
 import numpy as np

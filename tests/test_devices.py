@@ -360,7 +360,7 @@ def test_training_steps(xp, stage, dtype):
     for device in ("cpu", "gpu"):
         model, batch = model_and_batch(device, crf=stage != "unary", dtype=dtype)
         optimiser = training.optimizer(model, stage, list(model.net.layers), rate=0.1)
-        each = [float(training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2))
+        each = [training.train_step(model, optimiser, batch, 0, iteration, micro_batch=2)
                 for iteration in (1, 2)]
         results.append((np.array(each), optimiser))
     (expected_losses, expected), (found_losses, found) = results
@@ -400,7 +400,7 @@ def test_checkpoints(xp, tmp_path):
     checkpoints.save(path, model, dict(stage="joint", classes=list("abcd"), iteration=1), optimiser)
     again, content, _ = checkpoints.load_model(path, device="gpu")
     resumed = training.optimizer(again, "joint", [])
-    checkpoints.restore(path, content, resumed.velocity, "velocity_")
+    checkpoints.restore(content, resumed.velocity, "velocity_")
     for key, p in optimiser.params.items():
         assert np.allclose(to_host(resumed.params[key]), to_host(p), rtol=1e-15), key
         assert np.array_equal(to_host(resumed.velocity[key]), to_host(optimiser.velocity[key]))

@@ -81,7 +81,7 @@ PASSES = {
         ("self._b - self._b_y", "self._b"),
         ("d = P - P_y", "d = P"),
         ("contrast * d", "d"),
-        ("dloss / self._labelled", "dloss")]),
+        ("(self._b - self._b_y) / self._labelled", "self._b - self._b_y")]),
     "localcrf._sweep": (gradcheck.check_local, "LocalCRF", [
         ("z[i + 1] += rho * (m", "z[i + 1] += (m")]),
 }

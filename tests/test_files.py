@@ -39,21 +39,6 @@ def test_a_write_that_is_cut_short_leaves_the_earlier_file(tmp_path, error):
                                      "what it held before is untouched")
 
 
-def test_no_file_of_a_users_own_is_written_to(tmp_path, monkeypatch):
-    """Neither one of the temporary file's name nor what a link of that name points to."""
-    mine = tmp_path / "a.txt.tmp"
-    mine.write_text("the only copy")
-    with saving.replacing(tmp_path / "a.txt") as file:
-        file.write("x")
-    monkeypatch.setattr(saving.secrets, "token_hex", lambda n: "taken")
-    link = tmp_path / ".minicrf-taken.tmp"
-    link.symlink_to(mine)
-    with pytest.raises(OSError, match="a.txt: could not be written .File exists"):
-        with saving.replacing(tmp_path / "a.txt") as file:
-            file.write("y")
-    assert mine.read_text() == "the only copy" and (tmp_path / "a.txt").read_text() == "x"
-
-
 LOCK = """
 import sys
 from minicrf.programs.program import locked

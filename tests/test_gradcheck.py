@@ -32,10 +32,6 @@ def errors(gradients):
             "b": relative_error(gradients["b"], numerical_gradient(lambda b: loss(X, W, b), B))}
 
 
-def test_right_backward_passes():
-    assert max(errors(backward(X, W, B)).values()) < 1e-6
-
-
 DZ = G * (1 - np.tanh(X @ W + B) ** 2)
 WRONG = {
     "sign flipped": ("x", -DZ @ W.T),

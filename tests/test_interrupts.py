@@ -110,7 +110,7 @@ def test_ctrl_c_and_sigterm_end_in_one_line_and_130(toy_set, whole, tmp_path, si
 
 
 def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch, capsys):
-    real = run_voc.training.checked_step
+    real = run_voc.training.train_step
 
     def step(model, optimiser, batch, seed, iteration, *more):
         if iteration == 3:
@@ -118,7 +118,7 @@ def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch,
         return real(model, optimiser, batch, seed, iteration, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_voc.training, "checked_step", step)
+        patch.setattr(run_voc.training, "train_step", step)
         assert run_voc.main(options(toy_set, tmp_path)) == 130
     assert "unary: saved after iteration 3" in capsys.readouterr().out
     assert len(logs.read_log(tmp_path / "log.csv")) == 3
@@ -127,7 +127,7 @@ def test_ctrl_c_in_a_step_saves_that_step(toy_set, whole, tmp_path, monkeypatch,
 
 def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path, monkeypatch,
                                                         capsys):
-    real = run_voc.training.checked_step
+    real = run_voc.training.train_step
     root, out = shutil.copytree(toy_set, tmp_path / "set"), tmp_path / "out"
     picture = root / "SegmentationClass" / "val_0001.png"
     kept = picture.read_bytes()
@@ -137,7 +137,7 @@ def test_a_broken_picture_on_the_way_loses_no_iteration(toy_set, whole, tmp_path
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_voc.training, "checked_step", step)
+        patch.setattr(run_voc.training, "train_step", step)
         assert run_voc.main(options(root, out)) == 2
     one_line(capsys.readouterr().err, picture.name)
     saved = checkpoints.read(out / "unary.npz")[1]["iteration"]

@@ -1,19 +1,18 @@
 """GaussianKernel against dense matrices; finite differences of it are in gradcheck."""
 import numpy as np
 import pytest
+from helpers import drawn, random, refused
 from reference import dense
 
 from minicrf import kernels
 from minicrf.kernels import ExactFilter, GaussianKernel
+from minicrf.losses import softmax
+from minicrf.permutohedral import PermutohedralLattice
 
 N, L, D = 12, 3, 3
 SIGMA = np.array([1.5, 2.0, 0.8])
 OPTIONS = [(normalization, exclude_self) for normalization in ("symmetric", "none")
            for exclude_self in (True, False)]
-
-
-def random(*shape, seed):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 FEATURES, A, B = random(N, D, seed=0), random(N, L, seed=1), random(N, L, seed=2)
@@ -42,18 +41,6 @@ def shape_gradient(kernel, a, b):
     return kernel.backward([a], [[kernel.filter_transpose(a)]], [b], np.array(1.))[1]
 
 
-def test_steps_one_by_one_give_what_they_give_side_by_side():
-    A_t, B_t = ([random(N, L, seed=seed + t) for t in range(3)] for seed in (1, 4))
-    matrix = random(L, L, seed=7)
-    for W in (np.array(2.), matrix + matrix.T):
-        kernel = GaussianKernel(FEATURES, SIGMA)
-        K_A = [kernel.filter_transpose(a) for a in A_t]
-        apart = kernel.backward(A_t, [[each] for each in K_A], B_t, W)
-        together = kernel.backward([np.hstack(A_t)], [K_A], [np.hstack(B_t)], W)
-        for a, b in zip(together, apart):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
 def test_shape_gradient_in_float32_bears_features_far_from_zero():
     shifted = (FEATURES + np.array([1000, -2000, 500])).astype(np.float32)
     expected, got = (shape_gradient(GaussianKernel(f, SIGMA, exact=True), A, B)
@@ -72,33 +59,25 @@ def test_shape_gradient_in_float32_survives_cancellation(width, tolerance):
     np.testing.assert_allclose(got, expected, rtol=tolerance)
 
 
-def drawn(h, w):
-    """Features (N, 5) of a smooth drawn image, position and colour, and marginals (N, 4)."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:h, :w]
-    waves = np.stack([np.sin(x * fx + phase) * np.cos(y * fy)
-                      for fx, fy, phase in rng.uniform(0.02, 0.2, (7, 3))])  # (7, h, w)
-    colour = 128 + 60 * waves[:3] + rng.normal(0, 3, (3, h, w))
-    colour[:, :, w // 2:] += 40                                          # an edge
-    q = np.exp(3 * waves[3:]).reshape(4, -1).T                           # (N, 4)
-    return np.concatenate([[x, y], colour]).reshape(5, -1).T, q / q.sum(axis=1, keepdims=True)
-
-
 @pytest.mark.parametrize("d, sigma, tolerance", [
     (2, (3, 3), 0.02), (2, (8, 5), 0.03), (5, (20, 20, 13, 13, 13), 0.06),
     (5, (40, 40, 30, 30, 30), 0.06), (5, (80, 80, 13, 13, 13), 0.06)])
 def test_lattice_comes_close_to_the_exact_kernel(d, sigma, tolerance):
-    features, q = drawn(48, 64)
+    scores, image, _ = drawn()
+    y, x = np.indices(image.shape[:2])
+    features = np.column_stack([x.ravel(), y.ravel(), image.reshape(-1, 3)])         # (N, 5)
+    q = softmax(scores.reshape(-1, 3))
     exact, lattice = (GaussianKernel(features[:, :d], sigma, exact=exact).filter(q)[:]
                       for exact in (True, False))
     error = np.sqrt(((lattice - exact) ** 2).mean() / (exact**2).mean())
     assert error < tolerance, error
 
 
-def test_exact_filter_scaled_is_what_it_says():
-    exact, s = ExactFilter(FEATURES), random(N, seed=3)
-    np.testing.assert_allclose(exact.scaled(s).filter(B), s[:, None] * exact.filter(s[:, None] * B))
-    np.testing.assert_allclose(exact.scaled(s).diagonal, s * s)
+@pytest.mark.parametrize("kind", [ExactFilter, PermutohedralLattice])
+def test_a_scaled_filter_is_what_it_says(kind):
+    K, s = kind(FEATURES), random(N, seed=3)
+    np.testing.assert_allclose(K.scaled(s).filter(B), s[:, None] * K.filter(s[:, None] * B))
+    np.testing.assert_allclose(K.scaled(s).diagonal, s * s * K.diagonal)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -107,19 +86,14 @@ def test_rows_of_a_filter_are_computed_when_they_are_read(exact):
     np.testing.assert_allclose(message[slice(3, 8)], message[:][3:8], atol=1e-15)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_pixel_far_from_all_others_hears_nothing(exact):
-    far = np.arange(4.0)[:, None] * 1000
-    kernel = GaussianKernel(far, [1.0], exact=exact)
-    np.testing.assert_allclose(kernel.filter(B[:4]), 0, atol=1e-12)
-
-
 def test_dtype_follows_the_features():
     for exact in (True, False):
         kernel = GaussianKernel(FEATURES.astype(np.float32), SIGMA, exact=exact)
         assert kernel.filter(B.astype(np.float32))[:].dtype == np.float32
 
 
-def test_values_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"values: found shape \(5, 3\), expected \(12, any\)"):
-        ExactFilter(FEATURES).filter(B[:5])
+@pytest.mark.parametrize("kind", [ExactFilter, PermutohedralLattice])
+def test_values_of_another_shape_are_refused(kind):
+    for wrong in B[:5], B[:, 0]:
+        with refused(r"values: found shape \(.*, expected \(12, any\)"):
+            kind(FEATURES).filter(wrong)

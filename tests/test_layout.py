@@ -4,8 +4,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "minicrf"
 FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
@@ -39,11 +37,11 @@ def test_every_file_lies_in_a_room():
     assert all(f"    minicrf.{room}\n" in config for room in BELOW if room)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_room_imports_from_those_below_it_alone(path):
-    room = str(path.parent).replace(".", "")
-    if path.stem not in FRONT:
-        assert {other for other, _, _ in imports(path)} <= BELOW[room]
+def test_a_room_imports_from_those_below_it_alone():
+    for path in FILES:
+        if path.stem not in FRONT:
+            room = str(path.parent).replace(".", "")
+            assert {other for other, _, _ in imports(path)} <= BELOW[room], path
 
 
 def test_no_file_imports_itself_by_way_of_others():
@@ -77,10 +75,9 @@ def test_only_arrays_imports_cupy_and_nothing_unpickles_or_evaluates():
         assert "eval" not in called and (path.stem == "exercises" or "exec" not in called), path
 
 
-@pytest.mark.parametrize("path", [*(PACKAGE / path for path in FILES), ROOT / "run_voc.py"],
-                         ids=lambda path: path.name)
-def test_no_line_is_longer_than_100_columns(path):
-    assert max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0) <= 100
+def test_no_line_is_longer_than_100_columns():
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "run_voc.py"]:
+        assert max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0) <= 100, path
 
 
 def test_the_crf_alone_imports_neither_pillow_nor_tqdm():

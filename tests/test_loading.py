@@ -36,8 +36,6 @@ def test_epochs_draw_every_image_once_and_differ():
     assert len({tuple(index for index, _ in epoch) for epoch in epochs}) == 4
     assert 8 < sum(mirrored for _, mirrored in drawn) < 32
     assert drawn != list(itertools.islice(loading.draws(10, seed=5), 40))
-    for start in (0, 3, 10, 19, 33):
-        assert list(itertools.islice(loading.draws(10, 4, start), 7)) == drawn[start:start + 7]
 
 
 def test_batches_resume_exactly(data):
@@ -77,15 +75,14 @@ def test_pictures_are_loaded_and_resized_ahead_of_use_in_other_threads(data):
     assert len(threads) >= 4 and threading.main_thread() not in threads
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_results_keep_their_order_and_errors_their_place(threads):
+def test_results_keep_their_order_and_errors_their_place():
     def function(x):
         time.sleep(0.01 * (x % 3))
         if x == 7:
             raise ValueError("seven")
         return x
 
-    results = loading.ahead(function, zip(range(20)), depth=4, threads=threads)
+    results = loading.ahead(function, zip(range(20)), depth=4)
     assert list(itertools.islice(results, 7)) == list(range(7))
     with pytest.raises(ValueError, match="seven"):
         next(results)

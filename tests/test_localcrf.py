@@ -1,28 +1,20 @@
-"""Local factors against enumeration of all labellings, and their gradients against differences."""
+"""Local factors against enumeration of all labellings; finite differences are in gradcheck."""
 import functools
 import itertools
 
 import numpy as np
 import pytest
 import strict_cupy
+from helpers import example, refused
 
 from minicrf import arrays
 from minicrf.arrays import to_device, to_host
-from minicrf.gradcheck import numerical_gradient, relative_error
 from minicrf.localcrf import LocalCRF
 from minicrf.inputs import VOID
 from minicrf.losses import softmax
 
 SIGMA = 60.
 RHO = pytest.mark.parametrize("rho", [1., 0.5])
-
-
-def example(H, W, L=3, seed=0):
-    """Scores (H, W, L), an image (H, W, 3) and labels (H, W), the first and the last void."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, L, (H, W))
-    y.flat[[0, -1]] = VOID
-    return rng.standard_normal((H, W, L)), rng.uniform(0, 255, (H, W, 3)), y
 
 
 def converged(L=3, w=(0.4, 0.8), rho=1.):
@@ -90,23 +82,12 @@ def test_loopy_is_exact_on_chains_after_one_round(H, W):
     np.testing.assert_allclose(dw, (features - features_y) / labelled, rtol=0, atol=1e-9)
 
 
-def test_half_is_not_a_chains_own_edge_appearance():
-    """A chain is its own spanning tree, each edge appears: rho 1.  With half it is a bound."""
-    for seed in range(20):
-        f, image, _ = example(1, 6, seed=seed)
-        crf = converged(rho=0.5)
-        b = crf.forward(f, image)
-        log_Z, marginals, _ = enumerated(f, image, crf.params["w"])
-        assert crf.log_partition > log_Z + 1e-3
-        assert abs(b - marginals).max() > 1e-3
-
-
 def test_half_is_never_under_log_Z():
     """200 random models, weak and strong, some with rewards for unlike neighbours."""
     rng = np.random.default_rng(1)
     gaps = []
     for seed in range(200):
-        f, image, _ = example(3, 3, L=2 + seed % 2, seed=seed)
+        f, image, _ = example(3, 3, n_labels=2 + seed % 2, seed=seed)
         f *= rng.uniform(0, 3)
         w = rng.uniform(-0.5, 2, 2)
         crf = LocalCRF(f.shape[2], w=w, sigma_contrast=SIGMA, rho=0.5, iterations=100)
@@ -114,13 +95,6 @@ def test_half_is_never_under_log_Z():
         assert crf.residual < 1e-2
         gaps.append(crf.log_partition - enumerated(f, image, w)[0])
     assert min(gaps) > -1e-9 and max(gaps) > 0.1
-
-
-def test_loopy_is_no_bound():
-    f, image, _ = example(3, 3)
-    crf = converged()
-    crf.forward(f, image)
-    assert crf.log_partition < enumerated(f, image, crf.params["w"])[0] - 1e-4
 
 
 @RHO
@@ -141,21 +115,6 @@ def test_log_partition_is_energy_and_entropies_of_the_beliefs(rho):
     assert abs(crf.log_partition - log_Z) < 1e-9
     dw = loss_and_gradients(crf, f, image, np.array([[0, 0]]))[2]
     np.testing.assert_allclose(dw, (np.trace(b_e) - 1) * features / 2, atol=1e-9)
-
-
-@RHO
-@pytest.mark.parametrize("H, W", [(3, 3), (2, 5), (1, 4)])
-def test_gradients_are_those_of_the_approximate_likelihood(rho, H, W):
-    f, image, y = example(H, W)
-    crf = converged(rho=rho)
-    _, df, dw = loss_and_gradients(crf, f, image, y)
-    assert crf.residual < 1e-13
-
-    def loss(_):
-        crf.forward(f, image)
-        return float(crf.loss(y))
-    assert relative_error(df, numerical_gradient(loss, f)) < 1e-6
-    assert relative_error(dw, numerical_gradient(loss, crf.params["w"])) < 1e-6
 
 
 @RHO
@@ -186,15 +145,6 @@ def test_void_pixels_may_have_any_label_and_none_labelled_is_no_loss():
     assert loss == 0 and not df.any() and not dw.any()
 
 
-@RHO
-def test_without_rewards_it_is_softmax(rho):
-    f, image, _ = example(4, 5)
-    crf = LocalCRF(3, w=(0, 0), rho=rho)
-    np.testing.assert_allclose(crf.forward(f, image), softmax(f), atol=1e-15)
-    total = np.log(np.exp(f).sum(axis=2)).sum()
-    assert abs(crf.log_partition - total) < 1e-12 and crf.residual == 0
-
-
 def test_one_round_carries_a_message_across_the_picture():
     f, image = np.zeros((40, 60, 2)), np.zeros((40, 60, 3))
     f[0, 0, 1] = 5
@@ -212,15 +162,13 @@ def test_a_picture_turned_over_gives_the_same_turned_over():
             np.testing.assert_allclose(a, e, atol=1e-12)
 
 
-def test_gradients_accumulate_and_follow_the_chain_rule():
+def test_gradients_accumulate():
     f, image, y = example(3, 4)
     crf = converged(rho=0.5)
     _, df, dw = loss_and_gradients(crf, f, image, y)
-    crf.forward(f, image)
-    crf.loss(y)
-    np.testing.assert_allclose(crf.backward(0.25), df / 4, rtol=1e-15)
-    crf.backward()
-    np.testing.assert_allclose(crf.grads["w"], 1.25 * dw, rtol=1e-15)
+    for _ in range(2):
+        np.testing.assert_allclose(crf.backward(), df, rtol=1e-15)
+    np.testing.assert_allclose(crf.grads["w"], 2 * dw, rtol=1e-15)
 
 
 def test_forbidden_labels_and_rewards_beyond_measure_stay_finite():
@@ -236,7 +184,7 @@ def test_forbidden_labels_and_rewards_beyond_measure_stay_finite():
 
 
 def test_float32_follows_float64_and_input_is_left_alone():
-    f, image, y = example(20, 30, L=5)
+    f, image, y = example(20, 30, n_labels=5)
     image, kept = image.astype(np.uint8), f.copy()
     found, expected = [], []
     for results, dtype in ((found, np.float32), (expected, np.float64)):
@@ -286,13 +234,14 @@ def test_it_stops_where_messages_stand_still():
     *(({name: value}, f"{name} {value}") for name, value in (
         ("iterations", 0), ("n_labels", 0), ("rho", 0), ("rho", 1.5), ("sigma_contrast", 0)))])
 def test_options_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         LocalCRF(**{"n_labels": 2, **options})
 
 
-def test_scores_are_checked():
+def test_scores_and_images_are_checked():
     f, image, _ = example(3, 4)
-    with pytest.raises(ValueError, match="found NaN"):
-        LocalCRF(3).forward(f * np.nan, image)
-    with pytest.raises(ValueError, match=r"image: found shape \(3, 3, 3\)"):
-        LocalCRF(3).forward(f, image[:, :3])
+    for scores, picture, message in ((f * np.nan, image, "scores: found NaN"),
+                                     (f, image * np.nan, "image: found NaN"),
+                                     (f, image[:, :3], r"image: found shape \(3, 3, 3\)")):
+        with refused(message):
+            LocalCRF(3).forward(scores, picture)

@@ -1,8 +1,8 @@
-"""Eq. 6 against its definition, its gradient, and the logits that break a careless logarithm."""
+"""Eq. 6 against its definition, and the logits that break a careless logarithm."""
 import numpy as np
 import pytest
 
-from minicrf.gradcheck import numerical_gradient, relative_error
+from minicrf.gradcheck import relative_error
 from minicrf.inputs import VOID
 from minicrf.losses import softmax, softmax_loss
 
@@ -46,13 +46,6 @@ def test_loss_is_minus_the_mean_log_likelihood():
     loss, _ = softmax_loss(z, labels)
     assert relative_error(loss, naive_loss(z, labels)) < 1e-14
     assert np.array_equal(z, kept)
-
-
-def test_gradient_by_finite_differences():
-    z, labels = example()
-    _, dz = softmax_loss(z, labels)
-    numeric = numerical_gradient(lambda z: softmax_loss(z, labels)[0], z)
-    assert relative_error(dz, numeric) < 1e-6
 
 
 def test_gradient_is_marginals_minus_truth():
@@ -100,11 +93,5 @@ def test_dtype_follows(dtype):
     z = z.astype(dtype)
     loss, dz = softmax_loss(z, labels)
     assert loss.dtype == dz.dtype == softmax(z).dtype == dtype
-    assert loss.shape == ()
+    assert loss.shape == () and loss == softmax_loss(z, labels.astype(np.int64))[0]
     assert relative_error(loss, naive_loss(z.astype(np.float64), labels)) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_labels_of_any_integer_type(dtype):
-    z, labels = example()
-    assert softmax_loss(z, labels.astype(dtype))[0] == softmax_loss(z, labels)[0]

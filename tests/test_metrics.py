@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
+from minicrf import metrics
 from minicrf.inputs import VOID
-from minicrf.results import metrics
 
 
 @pytest.fixture
@@ -11,24 +11,18 @@ def rng():
     return np.random.default_rng(0)
 
 
-def some_labels(rng, shape=(20, 30), n_classes=4):
-    labels = rng.integers(0, n_classes, shape).astype(np.uint8)
-    labels[rng.random(shape) < 0.2] = VOID
-    return labels
-
-
 def test_confusion_has_the_truth_in_rows_and_leaves_void_out():
     labels = np.array([[0, 1, 1], [2, VOID, 1]], np.uint8)
     predictions = np.array([[0, 2, 1], [0, 2, 2]])
     confusion = metrics.confusion_matrix(labels, predictions, 3)
-    assert confusion.dtype == np.int64
     assert confusion.tolist() == [[1, 0, 0], [0, 1, 2], [1, 0, 0]]
 
 
 def test_iou_is_intersection_over_union_of_all_images_together(rng):
     confusion, hits, unions = 0, np.zeros(4), np.zeros(4)
     for _ in range(3):
-        labels, predictions = some_labels(rng), rng.integers(0, 4, (20, 30))
+        labels, predictions = rng.integers(0, 4, (2, 20, 30))
+        labels[rng.random((20, 30)) < 0.2] = VOID
         confusion = confusion + metrics.confusion_matrix(labels, predictions, 4)
         for c in range(4):
             truth, predicted = labels == c, (predictions == c) & (labels != VOID)
@@ -47,16 +41,6 @@ def test_classes_absent_from_the_truth_are_left_out_of_the_mean():
     assert metrics.iou(present_but_missed).tolist() == [80, 0]
 
 
-def test_wrong_shapes_and_labels_are_refused():
-    labels = np.zeros((2, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"predictions: found shape \(3, 2\), expected \(2, 3\)"):
-        metrics.confusion_matrix(labels, labels.T, 4)
-    with pytest.raises(ValueError, match="predictions: found 0 to 4, expected 0 to 3"):
-        metrics.confusion_matrix(labels, np.array([[0, 4, 1], [1, 1, 1]]), 4)
-    with pytest.raises(ValueError, match="labels: found 9 to 9"):
-        metrics.confusion_matrix(labels + 9, labels, 4)
-
-
 @pytest.mark.parametrize("width", [1, 2, 3.5])
 def test_band_is_what_has_another_label_within_reach(rng, width):
     labels = np.zeros((14, 17), np.uint8)
@@ -70,10 +54,7 @@ def test_band_is_what_has_another_label_within_reach(rng, width):
     band = metrics.boundary_band(labels, width)
     assert band.dtype == bool and (band == expected).all()
     assert 0 < band.mean() < 0.9
-
-
-def test_a_picture_of_one_label_has_no_band():
-    assert not metrics.boundary_band(np.full((5, 6), 2, np.uint8), 100).any()
+    assert not metrics.boundary_band(np.full((5, 6), 2, np.uint8), 100).any()      # one label
 
 
 def confusions(rng, hit_rates):
@@ -112,10 +93,3 @@ def test_bootstrap_resamples_images_as_a_loop_would(rng):
     _, interval, share = metrics.bootstrap_difference(a, b, samples=50, seed=3)
     assert np.allclose(interval, np.percentile(values, (2.5, 97.5)))
     assert share == np.mean(np.array(values) > 0)
-
-
-def test_bootstrap_refuses_what_is_not_paired():
-    with pytest.raises(ValueError, match=r"found shapes \(3, 2, 2\) and \(4, 2, 2\)"):
-        metrics.bootstrap_difference(np.zeros((3, 2, 2)), np.zeros((4, 2, 2)))
-    with pytest.raises(ValueError, match="expected equal ones"):
-        metrics.bootstrap_difference([], [])

@@ -36,50 +36,22 @@ def test_three_steps_by_hand():
     assert relative_error(sgd.params["b"], [3.85]) < 1e-14
 
 
-def test_gradients_are_zeroed():
-    sgd = optimiser()
-    step(sgd, [1, 2], [3])
-    assert not sgd.grads["w"].any() and not sgd.grads["b"].any()
-
-
-def test_updates_in_place():
+def test_updates_in_place_and_zeroes_gradients():
     sgd = optimiser()
     arrays = [each[key] for each in (sgd.params, sgd.grads, sgd.velocity) for key in ("w", "b")]
     step(sgd, [1, 2], [3])
     after = [each[key] for each in (sgd.params, sgd.grads, sgd.velocity) for key in ("w", "b")]
     assert all(a is b for a, b in zip(arrays, after))
+    assert not sgd.grads["w"].any() and not sgd.grads["b"].any()         # for the next sum
 
 
-def test_decay_only_where_given():
+def test_scale_multiplies_every_rate_and_leaves_the_momentum_already_gathered():
     sgd = optimiser()
-    step(sgd, [0, 0], [0])
-    assert relative_error(sgd.params["w"], [0.95, -1.9]) < 1e-14         # 1 - 0.1 * 0.5
-    assert sgd.params["b"] == 4
-
-
-def test_scale_multiplies_every_rate():
-    whole, tenth = optimiser(), optimiser()
-    tenth.scale = 0.1
-    step(whole, [1, -1], [2])
-    step(tenth, [1, -1], [2])
-    for key, start in (("w", np.array([1.0, -2.0])), ("b", np.array([4.0]))):
-        moved = whole.params[key] - start
-        assert relative_error(tenth.params[key] - start, 0.1 * moved) < 1e-12
-
-
-def test_scale_leaves_the_momentum_already_gathered():
-    sgd = optimiser()
-    step(sgd, [0, 0], [1])                         # b: v = -0.2
-    sgd.scale = 0.0
-    step(sgd, [0, 0], [1])                         # b: v = -0.1
-    assert relative_error(sgd.params["b"], [4 - 0.2 - 0.1]) < 1e-14
-
-
-def test_without_momentum_it_is_plain_descent():
-    sgd = optimiser(momentum=0)
-    step(sgd, [0, 0], [1])
-    step(sgd, [0, 0], [1])
-    assert relative_error(sgd.params["b"], [4 - 0.2 - 0.2]) < 1e-14
+    step(sgd, [1, 0], [1])                         # w: v = [-0.15, 0.1];    b: v = -0.2
+    sgd.scale = 0.1
+    step(sgd, [1, 0], [1])                         # w: v = 0.5 v - 0.01 ([1, 0] + 0.5 w)
+    assert relative_error(sgd.velocity["w"], [-0.08925, 0.0595]) < 1e-12
+    assert relative_error(sgd.velocity["b"], [-0.12]) < 1e-14
 
 
 def test_momentum_is_the_papers_by_default():

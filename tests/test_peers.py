@@ -4,9 +4,6 @@ import pytest
 
 from minicrf import vgg
 from minicrf.layers import Conv2d, Dropout, MaxPool2d, ReLU
-from minicrf.inputs import VOID
-from minicrf.losses import softmax_loss
-from minicrf.optim import SGD
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -55,48 +52,3 @@ def test_output_and_every_gradient(preset, shape):
     assert difference(net.backward(dy), x_peer.grad) < 1e-9
     for key, gradient in net.grads.items():
         assert difference(gradient, params[key].grad) < 1e-9, key
-
-
-@pytest.mark.parametrize("size, out", [((14, 11), (11, 14)), ((10, 13), (50, 39))])
-def test_upsampling_beside_grid_sample(size, out):
-    """grid_sample takes places in [-1, 1] from the first cell's centre to the last one's."""
-    upsample = vgg.build("tiny", 2).upsample
-    scores = np.random.default_rng(2).standard_normal((3, *size))
-    grid = [((np.arange(n) + 0.5) * upsample.input_size / n - 0.5 - 0.5) / 8 * 2 / (cells - 1) - 1
-            for n, cells in zip(out, size)]
-    grid = np.stack(np.meshgrid(*grid, indexing="ij")[::-1], axis=-1)[None]          # (1, H, W, xy)
-    peers = torch.tensor(scores[None], requires_grad=True)
-    theirs = F.grid_sample(peers, torch.tensor(grid), padding_mode="border", align_corners=True)
-    ours = upsample.forward(scores, out, train=True)
-    assert difference(ours.transpose(2, 0, 1), theirs[0]) < 1e-9
-    dy = np.random.default_rng(3).standard_normal(ours.shape)
-    theirs[0].backward(torch.tensor(dy.transpose(2, 0, 1).copy()))
-    assert difference(upsample.backward(dy), peers.grad[0]) < 1e-9
-
-
-def test_loss_beside_cross_entropy():
-    rng = np.random.default_rng(4)
-    z, labels = 5 * rng.standard_normal((200, 21)), rng.integers(0, 21, 200)
-    labels[::7] = VOID
-    logits = torch.tensor(z, requires_grad=True)
-    theirs = F.cross_entropy(logits, torch.tensor(labels), ignore_index=VOID)
-    theirs.backward()
-    ours, dz = softmax_loss(z, labels)
-    assert difference(ours, theirs) < 1e-12
-    assert difference(dz, logits.grad) < 1e-9
-
-
-def test_updates_beside_torch_sgd():
-    """The same rule while the rate stays; PyTorch multiplies the rate in after the momentum."""
-    rng = np.random.default_rng(5)
-    p = rng.standard_normal(10)
-    theirs = torch.nn.Parameter(torch.tensor(p))
-    peers = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=5e-4)
-    ours = SGD({"p": p}, {"p": np.zeros(10)}, {"p": 0.1}, {"p": 5e-4})
-    for _ in range(10):
-        g = rng.standard_normal(10)
-        ours.grads["p"] += g
-        ours.step()
-        theirs.grad = torch.tensor(g)
-        peers.step()
-    assert difference(p, theirs) < 1e-12

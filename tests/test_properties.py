@@ -1,4 +1,4 @@
-"""Filters and marginals at random: linear, bounded, of any order, over the whole range of floats."""
+"""Filters and marginals at random: bounded, of any order, over the whole range of floats."""
 import numpy as np
 import pytest
 
@@ -16,21 +16,13 @@ def random_filters(cases, exact):
         features = features[rng.integers(0, n, n)]                    # some points twice
         kernel = GaussianKernel(features, np.exp(rng.standard_normal(d)),
                                 normalization=["symmetric", "none"][seed % 2], exact=exact)
-        yield rng, kernel, rng.standard_normal((n, 3)), rng.standard_normal((n, 3))
-
-
-@pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
-def test_filters_are_linear(exact):
-    for rng, kernel, x, y in random_filters(30, exact):
-        a, b = rng.standard_normal(2)
-        for f in (kernel.K_with_self.filter, kernel.K_with_self.filter_transpose):
-            np.testing.assert_allclose(f(a * x + b * y), a * f(x) + b * f(y), atol=1e-10 * len(x))
+        yield kernel, rng.standard_normal((n, 3))
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
 def test_normalised_filters_keep_the_square_roots_of_their_sums(exact):
     """D^-1/2 K D^-1/2 sqrt(n) = sqrt(n), n = K 1: what a constant is to a kernel made symmetric."""
-    for _, kernel, _, _ in random_filters(30, exact):
+    for kernel, _ in random_filters(30, exact):
         if kernel.n is not None:
             root = np.sqrt(kernel.n)[:, None]
             np.testing.assert_allclose(kernel.K_with_self.filter(root), root, rtol=1e-10)
@@ -38,7 +30,7 @@ def test_normalised_filters_keep_the_square_roots_of_their_sums(exact):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["lattice", "exact"])
 def test_filters_over_their_sums_stay_between_least_and_greatest_input(exact):
-    for _, kernel, x, _ in random_filters(30, exact):
+    for kernel, x in random_filters(30, exact):
         for f in (kernel.K.filter, kernel.K.filter_transpose):
             mean = f(x) / f(np.ones((len(x), 1)))
             assert (mean <= x.max(axis=0) + 1e-9).all() and (mean >= x.min(axis=0) - 1e-9).all()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from minicrf.data import scribbles, toy, voc
+from minicrf.data import scribbles, toy
 from minicrf.inputs import VOID
 from minicrf.programs import scribbles as program
 
@@ -51,9 +51,3 @@ def test_the_command_makes_what_a_drawn_set_has(toy_set, tmp_path, capsys):
             assert path.read_bytes() == (toy_set / name / path.name).read_bytes()
     assert program.main([str(toy_set / "Clicks"), str(toy_set / "Clicks")]) == 2
     assert "would replace" in capsys.readouterr().err
-
-
-def test_training_takes_its_labels_from_the_folder_and_validation_does_not(toy_set):
-    full, weak = (voc.load(toy_set, "train_0000", None, 6, folder)[1]
-                  for folder in (None, "Scribbles"))
-    assert (weak == scribbles.weaken(full)).all()

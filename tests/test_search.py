@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from minicrf import DenseCRF, cross_fitted, search
-from minicrf.search import mean_iou
+from minicrf.metrics import mean_iou
 
 
 def noisy(n, seed=0):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicrf.data import toy, voc
-from minicrf.results import metrics
+from minicrf import metrics
+from minicrf.data import loading, toy, voc
 from minicrf.inputs import VOID
 
 
@@ -32,7 +32,7 @@ def drawn(tmp_path_factory):
 
 
 def test_it_is_a_sound_set_in_vocs_format(drawn):
-    assert voc.check(drawn) == []
+    assert loading.DataSet(drawn).check() == ([], [])
     assert voc.class_names(drawn) == list(toy.CLASS_NAMES)
     assert [len(voc.image_list(drawn, split)) for split in ("train", "val")] == [30, 12]
     sizes = {Image.open(path).size for path in (drawn / "JPEGImages").iterdir()}
@@ -71,7 +71,7 @@ def test_a_longer_list_begins_with_the_shorter_one(drawn, tmp_path):
 def test_an_easy_set_is_another_and_its_colours_tell_more(drawn, tmp_path):
     """The default run's: nearest mean colour of a class is right more often on it."""
     easy = toy.draw(tmp_path / "easy", n_train=30, n_val=12, seed=3, easy=True)
-    assert voc.check(easy) == [] and "easy" in (easy / "toy.txt").read_text()
+    assert "easy" in (easy / "toy.txt").read_text()
     right = []
     for directory in (drawn, easy):
         colours, labels = pixels(directory, "train")
@@ -96,25 +96,19 @@ def test_interrupted_drawing_leaves_no_set_and_the_next_one_is_whole(tmp_path, m
             toy.draw(directory, n_train=5, n_val=2)
     assert not directory.exists()
     toy.draw(directory, n_train=5, n_val=2)
-    assert voc.check(directory) == [] and [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert loading.DataSet(directory).check()[0] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_a_set_is_drawn_once_and_replaced_only_by_one_of_other_arguments(tmp_path, monkeypatch):
+def test_a_set_is_drawn_once_and_nothing_else_is_replaced(tmp_path, monkeypatch):
     directory = toy.draw(tmp_path / "set", n_train=2, n_val=2)
-    before = digests(directory)
-    with monkeypatch.context() as patch:
-        patch.setattr(toy, "picture", None)                        # must not be called
-        assert toy.draw(directory, n_train=2, n_val=2) == directory
-    assert digests(directory) == before
-    toy.draw(directory, n_train=1, n_val=2)
-    assert voc.image_list(directory, "train") == ["train_0000"] and voc.check(directory) == []
-
-
-def test_files_of_others_are_never_touched(tmp_path):
-    (tmp_path / "thesis.txt").write_text("the only copy")
-    with pytest.raises(FileExistsError, match="found files that are not a drawn set"):
-        toy.draw(tmp_path, n_train=1, n_val=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    before = digests(tmp_path)
+    monkeypatch.setattr(toy, "picture", None)                      # must not be called
+    assert toy.draw(directory, n_train=2, n_val=2) == directory
+    for folder, n_train in ((directory, 1), (tmp_path, 2)):
+        with pytest.raises(FileExistsError, match=f"{folder}: found something else than a set dr"):
+            toy.draw(folder, n_train=n_train, n_val=2)
+    assert digests(tmp_path) == before
 
 
 def test_colour_alone_does_not_give_classes_away(drawn):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from helpers import random
 
 from minicrf import vgg
 from minicrf.gradcheck import relative_error
@@ -20,10 +21,6 @@ def thin(monkeypatch):
         for preset, sizes in vgg.PRESETS.items():
             monkeypatch.setitem(vgg.PRESETS, preset, {**sizes, "channels": channels, "fc": fc})
     return shrink
-
-
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -131,12 +128,6 @@ def test_fresh_layers_start_at_zero_mean_and_unit_scale():
                 assert np.array_equal(p, before[f"{name}_{key}"])
 
 
-def test_scaling_fresh_layers_leaves_float32():
-    net = vgg.build("tiny", 5)
-    vgg.scale_fresh(net, ["fc6"], random(1, 3, 34, 34).astype(np.float32))
-    assert all(p.dtype == np.float32 for p in net.params.values())
-
-
 def test_dropout_seeds_make_a_step_reproducible():
     net, x = vgg.build("tiny", 4, dropout=0.5), random(1, 3, 34, 34).astype(np.float32)
 
@@ -149,13 +140,6 @@ def test_dropout_seeds_make_a_step_reproducible():
     assert not np.array_equal(scores(1, 17), first)
     assert np.array_equal(scores(0, 17), first)
     assert net["drop6"].seed != net["drop7"].seed
-
-
-def test_move_to_the_same_device_changes_nothing():
-    net = vgg.build("tiny", 4)
-    params, grads = net.params, net.grads
-    vgg.move(net, "cpu")
-    assert all(net.params[key] is params[key] and net.grads[key] is grads[key] for key in params)
 
 
 # --- alignment -----------------------------------------------------------------------------------

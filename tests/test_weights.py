@@ -52,13 +52,16 @@ def in_our_units(theirs):
     return {**theirs, "conv1_1_w": theirs["conv1_1_w"] / (255 * RGB_STD[:, None, None])}
 
 
-def write_npz(path, theirs):
+def npz(folder, arrays):
+    np.savez(folder / "weights.npz", **arrays)
+    return folder / "weights.npz"
+
+
+def write_npz(folder, theirs):
     bgr = {**in_our_units(theirs), "mean": 255 * RGB_MEAN[::-1]}
     if "conv1_1_w" in bgr:
         bgr["conv1_1_w"] = bgr["conv1_1_w"][:, [2, 1, 0]]
-    with open(path, "wb") as file:
-        np.savez(file, **bgr)
-    return path
+    return npz(folder, bgr)
 
 
 def safetensors(tensors, **overwritten):
@@ -87,9 +90,14 @@ def torchvision_tensors(theirs):
     return {**tensors, **top}                      # ImageNet's classes: of no use here
 
 
-def write_torchvision(path, theirs):
-    path.write_bytes(safetensors(torchvision_tensors(theirs)))
+def write(folder, ending, content):
+    path = folder / f"weights.{ending}"
+    path.write_bytes(content)
     return path
+
+
+def write_torchvision(folder, theirs):
+    return write(folder, "safetensors", safetensors(torchvision_tensors(theirs)))
 
 
 def cell(*values):
@@ -99,7 +107,7 @@ def cell(*values):
     return array
 
 
-def matconvnet_layers(theirs, old):
+def matconvnet_layers(theirs):
     layers = []
     for name in [*CONVOLUTIONS, "fc6", "fc7", "fc8"]:
         if name == "fc8":
@@ -108,30 +116,27 @@ def matconvnet_layers(theirs, old):
             continue
         else:
             w, b = theirs[f"{name}_w"].transpose(2, 3, 1, 0), theirs[f"{name}_b"]    # (k, k, C, O)
-        values = {"filters": w, "biases": b[None]} if old else {"weights": cell(w, b[:, None])}
-        layers += [{"name": name, "type": "conv", "pad": np.ones(4), "stride": 1.0, **values},
+        layers += [{"name": name, "type": "conv", "pad": np.ones(4), "stride": 1.0,
+                    "weights": cell(w, b[:, None])},
                    {"name": name.replace("conv", "relu").replace("fc", "relu"), "type": "relu"}]
     return cell(*layers)
 
 
-def write_matconvnet(path, theirs, old=False, compressed=False, picture=False):
+def write_matconvnet(folder, theirs, compressed=False, picture=False):
     mean = 255 * RGB_MEAN
     mean = mean * np.ones((224, 224, 1)) if picture else mean[None, None]            # (1, 1, 3)
     normalization = {"averageImage": mean, "imageSize": [224.0, 224, 3], "interpolation": "bicubic"}
-    meta = {"normalization": normalization}
-    content = {"layers": matconvnet_layers(in_our_units(theirs), old)}
-    content |= meta if old else {"meta": meta}
-    scipy.io.savemat(path, content, do_compression=compressed)
-    return path
+    content = {"layers": matconvnet_layers(in_our_units(theirs)),
+               "meta": {"normalization": normalization}}
+    scipy.io.savemat(folder / "weights.mat", content, do_compression=compressed)
+    return folder / "weights.mat"
 
 
 FORMATS = {
-    "npz": lambda path, theirs: write_npz(path, theirs),
-    "safetensors": lambda path, theirs: write_torchvision(path, theirs),
-    "mat": lambda path, theirs: write_matconvnet(path, theirs),
-    "mat, compressed": lambda path, theirs: write_matconvnet(path, theirs, compressed=True),
-    "mat, before 2015": lambda path, theirs: write_matconvnet(path, theirs, old=True, picture=True),
-}
+    "npz": write_npz,
+    "safetensors": write_torchvision,
+    "mat": write_matconvnet,
+    "mat, compressed": lambda folder, theirs: write_matconvnet(folder, theirs, True, True)}
 
 
 def load(net, path):
@@ -149,7 +154,7 @@ def build(preset):
 def test_every_format_gives_the_same_function_of_a_photograph(kind, theirs, tmp_path):
     photograph = np.random.default_rng(1).integers(0, 256, (34, 34, 3)).astype(np.uint8)     # RGB
     net = build("vgg16")
-    missing, weights = load(net, FORMATS[kind](tmp_path / "weights", theirs))
+    missing, weights = load(net, FORMATS[kind](tmp_path, theirs))
     assert missing == ["fc8"]
     bgr = photograph[:, :, ::-1] - weights["mean"]
     found = net.forward(bgr.transpose(2, 0, 1)[None].copy())
@@ -168,16 +173,15 @@ def test_convolutions_alone_leave_fc6_and_fc7_as_drawn(kind, theirs, tmp_path):
     convolutions = {key: values for key, values in theirs.items() if key.startswith("conv")}
     for preset in ("vgg16", "largefov"):
         net = build(preset)
-        missing, _ = load(net, FORMATS[kind](tmp_path / "weights", convolutions))
+        missing, _ = load(net, FORMATS[kind](tmp_path, convolutions))
         assert missing == ["fc6", "fc7", "fc8"]
         for key, p in build(preset).params.items():
             assert np.array_equal(net.params[key], p) == (not key.startswith("conv"))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_largefov_takes_every_third_channel_and_tap(kind, theirs, tmp_path):
+def test_largefov_takes_every_third_channel_and_tap(theirs, tmp_path):
     net = build("largefov")
-    missing, _ = load(net, FORMATS[kind](tmp_path / "weights", theirs))
+    missing, _ = load(net, write_npz(tmp_path, theirs))
     assert missing == ["fc8"]
     assert np.array_equal(net.params["fc6_w"], theirs["fc6_w"][::3, :, ::3, ::3])    # taps 0, 3, 6
     assert np.array_equal(net.params["fc6_b"], theirs["fc6_b"][::3])
@@ -186,152 +190,111 @@ def test_largefov_takes_every_third_channel_and_tap(kind, theirs, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["vgg16", "largefov"])
-def test_a_networks_own_npz_comes_back_whole(preset, tmp_path):
+def test_a_networks_own_npz_comes_back_whole_and_fills_in_place(preset, tmp_path):
     net, other = build(preset), vgg.build(preset, 3, seed=6, dtype=np.float64)
-    with open(tmp_path / "weights", "wb") as file:
-        np.savez(file, **net.params)
-    missing, weights = load(other, tmp_path / "weights")
+    params = other.params
+    missing, weights = load(other, npz(tmp_path, {**net.params, "info": "a checkpoint's"}))
     assert missing == []
     assert np.array_equal(weights["mean"], MEAN) and MEAN == (103.939, 116.779, 123.68)
-    assert all(np.array_equal(net.params[key], p) for key, p in other.params.items())
+    assert all(np.array_equal(net.params[key], p) for key, p in params.items())
 
 
 @pytest.mark.parametrize("kind, dtype", [("npz", np.float16), ("safetensors", np.float16),
-                                         ("npz", np.float32), ("safetensors", np.float32),
-                                         ("mat", np.float32)])
+                                         ("safetensors", np.float32), ("mat", np.float32)])
 def test_single_and_half_precision(kind, dtype, theirs, tmp_path):
     rounded = {key: values.astype(dtype) for key, values in theirs.items()}
     net = vgg.build("vgg16", 3)
-    load(net, FORMATS[kind](tmp_path / "weights", rounded))
+    load(net, FORMATS[kind](tmp_path, rounded))
     assert np.array_equal(net.params["conv5_3_w"], rounded["conv5_3_w"].astype(np.float32))
     assert all(p.dtype == np.float32 for p in net.params.values())
-
-
-def test_parameters_are_filled_in_place(theirs, tmp_path):
-    net = build("vgg16")
-    params = net.params
-    load(net, write_npz(tmp_path / "weights", theirs))
-    assert all(p is params[key] for key, p in net.params.items())
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 def refused(path, *words, preset="vgg16"):
-    """Loading fails with one line that names the file, and nothing of it was copied."""
-    net = build(preset)
-    with pytest.raises((ValueError, OSError)) as error:
-        load(net, path)
+    """Loading fails with one line that names the file."""
+    with pytest.raises(ValueError) as error:
+        load(build(preset), path)
     message = str(error.value)
-    assert str(path) in message and "\n" not in message, message
+    assert message.count(str(path)) == 1 and "\n" not in message, message
     for word in words:
         assert word in message, message
-    for key, p in build(preset).params.items():
-        assert np.array_equal(net.params[key], p), key
 
 
-def npz(path, **arrays):
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
-    return path
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_wrong_shape(kind, theirs, tmp_path):
-    for key in ("conv1_1_w", "conv5_3_b", "fc6_w"):
-        short = {**theirs, key: theirs[key][:-1]}
-        refused(FORMATS[kind](tmp_path / "weights", short), key, "vgg16")
+@pytest.mark.parametrize("key", ["conv1_1_w", "conv5_3_b", "fc6_w"])
+def test_a_wrong_shape(key, theirs, tmp_path):
+    refused(write_npz(tmp_path, {**theirs, key: theirs[key][:-1]}), key, "vgg16")
 
 
 @pytest.mark.parametrize("key, shape", [
     ("classifier.0.weight", (FC, 8 * 49 - 1)), ("classifier.0.weight", (FC, 7 * 49)),
-    ("classifier.0.weight", (FC,)), ("classifier.0.weight", (0, 0)),
     ("features.0.weight", (4, 5, 3, 3)), ("features.0.weight", ())])
 def test_a_wrong_shape_in_torchvisions_layout(key, shape, theirs, tmp_path):
     tensors = {**torchvision_tensors(theirs), key: np.ones(shape)}
-    (tmp_path / "weights").write_bytes(safetensors(tensors))
-    refused(tmp_path / "weights", "fc6_w" if key.startswith("classifier") else "conv1_1_w")
+    refused(write(tmp_path, "safetensors", safetensors(tensors)), "shape")
 
 
 def test_largefov_needs_as_many_channels_as_it_takes(theirs, tmp_path):
     n = FC // 3 - 1
     narrow = {**theirs, "fc6_w": theirs["fc6_w"][:n], "fc6_b": theirs["fc6_b"][:n]}
-    refused(write_npz(tmp_path / "weights", narrow), "fc6_w", "largefov", preset="largefov")
+    refused(write_npz(tmp_path, narrow), "fc6_w", "largefov", preset="largefov")
 
 
 def test_weights_of_another_width_do_not_fit(theirs, tmp_path):
-    refused(write_npz(tmp_path / "weights", theirs), "conv1_1_w", "(16, 3, 3, 3)", "tiny",
-            preset="tiny")
+    refused(write_npz(tmp_path, theirs), "conv1_1_w", "(16, 3, 3, 3)", "tiny", preset="tiny")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_missing_convolution_is_named(kind, theirs, tmp_path):
-    for name in ("conv1_1", "conv4_2"):
-        rest = {key: values for key, values in theirs.items() if not key.startswith(name)}
-        refused(FORMATS[kind](tmp_path / "weights", rest), name)
+@pytest.mark.parametrize("name", ["conv1_1", "conv4_2"])
+def test_a_missing_convolution_is_named(kind, name, theirs, tmp_path):
+    rest = {key: values for key, values in theirs.items() if not key.startswith(name)}
+    refused(FORMATS[kind](tmp_path, rest), name)
 
 
 @pytest.mark.parametrize("key", ["conv2_1_w", "conv2_1_b"])
 def test_half_a_convolution_is_a_missing_one(key, theirs, tmp_path):
     rest = {k: values for k, values in theirs.items() if k != key}
-    refused(write_npz(tmp_path / "weights", rest), "conv2_1")
+    refused(write_npz(tmp_path, rest), "conv2_1")
 
 
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_numbers_that_are_not_finite(kind, bad, theirs, tmp_path):
-    broken = {**theirs, "fc7_b": theirs["fc7_b"].copy()}
-    broken["fc7_b"][-1] = bad
-    refused(FORMATS[kind](tmp_path / "weights", broken), "fc7_b")
-
-
-@pytest.mark.parametrize("mean", [np.ones(4), np.full(3, np.nan), np.array([1, 2, 3])])
-def test_a_mean_that_is_none(mean, theirs, tmp_path):
-    refused(npz(tmp_path / "weights", **theirs, mean=mean), "mean")
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, complex, "U8"])
-def test_weights_of_another_type(dtype, theirs, tmp_path):
-    wrong = np.zeros_like(theirs["conv3_1_w"]).astype(dtype)
-    refused(npz(tmp_path / "weights", **{**theirs, "conv3_1_w": wrong}), "conv3_1_w")
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"PK", b"PK\x03\x04 not a zip file", b"MATLAB 5.0 MAT-file", bytes(8) + b"{",
-    b"\x02" + bytes(7) + b"{}", b"\x89HDF\r\n\x1a\n" + bytes(100), b"\x80\x04\x95pickle"])
-def test_not_a_weights_file(content, tmp_path):
-    (tmp_path / "weights").write_bytes(content)
-    refused(tmp_path / "weights")
-
-
-def test_no_file_and_a_folder(tmp_path):
-    refused(tmp_path / "nowhere")
-    refused(tmp_path)
+@pytest.mark.parametrize("key, values", [
+    ("fc7_b", np.full(FC, np.nan)), ("fc7_b", np.full(FC, -np.inf)), ("fc7_b", np.ones(FC, int)),
+    ("fc7_b", np.full(FC, "1.0")), ("mean", np.ones(4)), ("mean", np.full(3, np.nan)),
+    ("mean", np.array([1, 2, 3])), ("scale", np.array(0.0))])
+def test_what_are_no_finite_floating_point_numbers(key, values, theirs, tmp_path):
+    refused(npz(tmp_path, {**theirs, key: values}), key)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated(kind, theirs, tmp_path):
-    path = FORMATS[kind](tmp_path / "weights", theirs)
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_truncated(kind, share, theirs, tmp_path):
+    path = FORMATS[kind](tmp_path, theirs)
     whole = path.read_bytes()
-    for share in (0.01, 0.5, 0.999):
-        path.write_bytes(whole[:int(share * len(whole))])
-        refused(path)
+    path.write_bytes(whole[:int(share * len(whole))])
+    refused(path)
+
+
+@pytest.mark.parametrize("ending, content", [
+    ("npz", b"PK\x03\x04 not a zip file"), ("mat", b"\x89HDF\r\n\x1a\n" + bytes(100)),
+    ("safetensors", struct.pack("<Q", 2) + b"{}"), ("safetensors", struct.pack("<Q", 2) + b"[]"),
+    ("pth", b"\x80\x04\x95pickle")])
+def test_files_of_another_kind(ending, content, tmp_path):
+    refused(write(tmp_path, ending, content))
+
+
+@pytest.mark.parametrize("ending", ["npz", "mat", "safetensors"])
+def test_no_file(ending, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.* such file"):
+        read_weights(tmp_path / f"nowhere.{ending}")
 
 
 @pytest.mark.parametrize("entry", [
-    {"data_offsets": [0, 10 ** 12]}, {"data_offsets": [864, 0]}, {"data_offsets": None},
-    {"shape": [4, 3, 3]}, {"shape": [-4, -3, 3, 3]}, {"shape": None}, {"dtype": "BF16"},
-    {"dtype": ["F64"]}])
+    {"data_offsets": [0, 10 ** 12]}, {"data_offsets": None}, {"shape": [4, 3, 3]},
+    {"dtype": "BF16"}])
 def test_a_safetensors_header_that_lies(entry, theirs, tmp_path):
     """The truth of conv1_1: {"dtype": "F64", "shape": [4, 3, 3, 3], "data_offsets": [0, 864]}."""
-    overwritten = {"features.0.weight": entry}
-    (tmp_path / "weights").write_bytes(safetensors(torchvision_tensors(theirs), **overwritten))
-    refused(tmp_path / "weights")
-
-
-@pytest.mark.parametrize("header", [b"{", b"{}", b'{"a":' * 9000, b'{"\xff": 1}', b"{null}"])
-def test_a_safetensors_header_of_another_kind(header, tmp_path):
-    (tmp_path / "weights").write_bytes(struct.pack("<Q", len(header)) + header)
-    refused(tmp_path / "weights")
+    content = safetensors(torchvision_tensors(theirs), **{"features.0.weight": entry})
+    refused(write(tmp_path, "safetensors", content))
 
 
 def test_pickled_objects_are_not_executed(theirs, tmp_path):
@@ -339,35 +302,14 @@ def test_pickled_objects_are_not_executed(theirs, tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "sprung"), "w")
 
-    refused(npz(tmp_path / "weights", **{**theirs, "fc6_b": np.array([Trap()], object)}))
+    refused(npz(tmp_path, {**theirs, "fc6_b": np.array([Trap()], object)}))
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("content", [
     {"layers": cell({"name": "conv1_1", "type": "conv"}), "meta": {}},
-    {"layers": cell({"name": "conv1_1", "weights": cell(np.ones((3, 3)))}), "meta": {}},
     {"layers": cell({"name": "conv1_1", "weights": cell("abc", "def")}), "meta": {}},
-    {"layers": 5.0}, {"layers": "text"}, {"layers": cell(1.0, 2.0)}, {"x": 1.0},
-    {"layers": cell(), "meta": {"normalization": {"averageImage": 3.0}}}])
+    {"layers": cell(1.0, 2.0)}, {"x": 1.0}])
 def test_a_mat_file_of_something_else(content, tmp_path):
-    scipy.io.savemat(tmp_path / "weights", content)
-    refused(tmp_path / "weights")
-
-
-@pytest.mark.parametrize("kind", ["npz", "safetensors", "mat, compressed"])
-def test_damaged_bytes_end_in_one_line_or_in_numbers(kind, theirs, tmp_path):
-    """Either a refusal or finite weights, never another exception."""
-    path = FORMATS[kind](tmp_path / "weights", theirs)
-    whole, rng = path.read_bytes(), np.random.default_rng(2)
-    for trial in range(20):
-        content = bytearray(whole)
-        start = max(0, len(whole) - 3000) * (trial % 2)                  # where the structure is
-        for at in start + rng.integers(0, min(3000, len(whole)), rng.integers(1, 6)):
-            content[at] = rng.integers(0, 256)
-        path.write_bytes(bytes(content))
-        net = build("vgg16")
-        try:
-            load(net, path)
-        except (ValueError, OSError) as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        assert all(np.isfinite(p).all() for p in net.params.values())
+    scipy.io.savemat(tmp_path / "weights.mat", content)
+    refused(tmp_path / "weights.mat")

@@ -3,7 +3,6 @@
 Legend: H x W original pixels, S the network's input side.
 """
 import collections
-import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +16,7 @@ class DataSet:
     """A folder in VOC's format: class names, image lists, and the images with their labels.
 
     root, sbd: as in `voc.image_list`.  weak: as in `voc.load`, for the training list.
-    Raises FileNotFoundError or ValueError with one line.
+    Raises OSError or ValueError with one line.
     """
 
     def __init__(self, root, sbd=None, weak=None):
@@ -25,8 +24,10 @@ class DataSet:
         self.classes = voc.class_names(root)
         self.train = voc.image_list(root, "train", sbd)
         self.val = voc.image_list(root, "val")
-        for problem in voc.in_both_lists(root, self.train, self.val):
-            raise ValueError(problem)
+        both = {*self.train} & {*self.val}           # their score would be a training image's
+        if both:
+            raise ValueError(f"{root}: found {min(both)} in both train.txt and val.txt, expected "
+                             "it in one")
 
     def load(self, image_id):
         """(image, labels) as from `voc.load`; of the validation list VOC's own: SBD has no void."""
@@ -38,25 +39,38 @@ class DataSet:
         return tqdm(ahead(self.load, zip(ids)), note, len(ids), unit="image", leave=False,
                     disable=None)
 
+    def check(self):
+        """(problems, notes), lists of lines; a class without a pixel may well be meant: a note."""
+        problems, notes = [], []
+        for name, ids in (("training", self.train), ("validation", self.val)):
+            where = f"{self.root}: the {name} list"
+            present = set()
+            for image_id in tqdm(ids, f"check, {name}", unit="image", disable=None):
+                try:
+                    present |= {*np.unique(self.load(image_id)[1]).tolist()}
+                except (ValueError, OSError) as error:
+                    problems.append(str(error))
+            absent = [each for label, each in enumerate(self.classes) if label not in present]
+            if present:
+                problems += voc.one_class(where, present)
+            if present and absent:
+                notes.append(f"{where} has no pixel of {', '.join(absent)}")
+        return problems, notes
 
-def draws(n, seed, start=0):
-    """Endless (index, mirrored) pairs: shuffled epochs over n images, from draw number `start` on.
 
-    A pure function of (n, seed, draw number), so these numbers are all that resuming needs.
-    """
-    for epoch in itertools.count(start // n):
+def draws(n, seed):
+    """Endless (index, mirrored) pairs: shuffled epochs over n images, the same for a seed."""
+    for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
-        order, mirrored = rng.permutation(n), rng.random(n) < 0.5
-        for i in range(start % n if epoch == start // n else 0, n):
-            yield int(order[i]), bool(mirrored[i])
+        yield from zip(rng.permutation(n).tolist(), (rng.random(n) < 0.5).tolist())
 
 
 def batches(data, batch_size, seed, resized, start=0):
     """Endless batches for training: lists of batch_size (image, labels, resized(image)).
 
     data: a DataSet.  resized: Model.resized.  Shuffled epochs without replacement, each image
-    mirrored left to right or not at random.  After k batches, a new iterator with start + k *
-    batch_size resumes exactly there.
+    mirrored left to right or not at random.  start: images to leave out, those that a run to be
+    resumed has seen.
     """
     def read(index, mirrored):
         image, labels = data.load(data.train[index])
@@ -64,25 +78,22 @@ def batches(data, batch_size, seed, resized, start=0):
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
         return image, labels, resized(image)
 
-    arguments = draws(len(data.train), seed, start)
-    with contextlib.closing(ahead(read, arguments, 2 * batch_size)) as samples:
-        while True:
-            yield list(itertools.islice(samples, batch_size))
+    arguments = itertools.islice(draws(len(data.train), seed), start, None)
+    samples = ahead(read, arguments, 2 * batch_size)
+    while True:
+        yield list(itertools.islice(samples, batch_size))
 
 
-def ahead(function, arguments, depth=8, threads=4):
-    """function(*each) for each of `arguments`, in their order; threads work `depth` ahead of use.
+def ahead(function, arguments, depth=8):
+    """function(*each) for each of an iterator, in its order; threads work `depth` ahead of use.
 
     An exception in a thread is raised here, when its result is due.
     """
-    waiting = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:      # its own: threads do not live on in a fork
-        try:
-            for each in arguments:
-                waiting.append(pool.submit(function, *each))
-                if len(waiting) == depth:
-                    yield waiting.popleft().result()
-            while waiting:
+    with ThreadPoolExecutor(4) as pool:            # its own: threads do not live on in a fork
+        waiting = collections.deque()
+        for each in arguments:
+            waiting.append(pool.submit(function, *each))
+            if len(waiting) == depth:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()

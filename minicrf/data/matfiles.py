@@ -8,10 +8,9 @@ def read_mat(path):
     """The variables {name: value} of a .mat file, as scipy.io.loadmat leaves them.
 
     Structs are arrays with named fields, cells arrays of objects, both of two dimensions.
-    Raises ValueError with one line for files cut short, and for compressed ones with any damage;
-    SciPy may crash on flipped bits in an uncompressed one, which has no checksum.
     """
     try:
-        return scipy.io.loadmat(path, appendmat=False)
+        with open(path, "rb") as file:
+            return scipy.io.loadmat(file)
     except Exception as error:      # SciPy and zlib raise a dozen kinds for broken files
         raise ValueError(f"{path}: not a readable .mat file: {reason(error)}") from None

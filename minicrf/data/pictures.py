@@ -10,13 +10,10 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # none that sta
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-def open_picture(path, kind, formats=FORMATS):
-    """A Pillow image, decoded.  kind: what errors say was expected.
-
-    Raises ValueError or FileNotFoundError, in one line.
-    """
+def open_picture(path, kind):
+    """A Pillow image, decoded.  kind: what errors, ValueError or OSError, say was expected."""
     try:
-        picture = Image.open(path, formats=formats)
+        picture = Image.open(path, formats=FORMATS)
         picture.load()
         return picture
     except FileNotFoundError:
@@ -24,19 +21,17 @@ def open_picture(path, kind, formats=FORMATS):
     except Exception as error:      # Pillow raises half a dozen kinds for broken files
         why = reason(error).replace(str(path), "this file")
         raise ValueError(f"{path}: found a file that cannot be read ({why}), expected a {kind}: "
-                         f"{', '.join(formats)}") from None
+                         f"{', '.join(FORMATS)}") from None
 
 
-def read_photograph(path, formats=FORMATS, upright=True):
+def read_photograph(path, upright=True):
     """A photograph as (H, W, 3) uint8 RGB; upright: turned as its orientation tag says.
 
-    Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.  Raises ValueError
-    or FileNotFoundError with one line that names the file.
+    Greyscale (8 and 16 bits), palette, CMYK and RGBA (over white) are converted.
     """
-    picture = open_picture(path, "photograph", formats)
+    picture = open_picture(path, "photograph")
     # older Pillows call 16 bits a pixel I, as all do the 32 bits of a TIFF
-    deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) in (("I", "PNG"),
-                                                                                 ("I", "PPM"))
+    deep = picture.mode[:4] == "I;16" or (picture.mode == "I" and picture.format != "TIFF")
     if upright:
         picture = ImageOps.exif_transpose(picture)
     if deep:
@@ -52,10 +47,7 @@ def read_photograph(path, formats=FORMATS, upright=True):
 
 
 def find_photographs(path):
-    """The photographs that path names: itself, or those in a folder, sorted by name.
-
-    Raises FileNotFoundError where there is none.
-    """
+    """The photographs that path names: itself, or those in a folder, sorted by name."""
     if not os.path.isdir(path):
         return [path]
     found = sorted(entry.path for entry in os.scandir(path)
@@ -67,7 +59,7 @@ def find_photographs(path):
 
 
 def save_png(path, picture):
-    """Write a Pillow image as PNG; beside, then renamed.  Raises OSError, naming the file."""
+    """Write a Pillow image as PNG; beside, then renamed."""
     with replacing(path, "wb") as file:
         picture.save(file, format="PNG")
 

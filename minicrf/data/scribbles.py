@@ -7,7 +7,6 @@ import scipy.ndimage
 
 from ..inputs import VOID
 
-DOT = 1                              # radius of a click, in pixels
 ANGLES = np.pi * np.arange(32) / 16
 DIRECTIONS = np.stack([np.sin(ANGLES), np.cos(ANGLES)])          # (2, 32)
 
@@ -20,20 +19,19 @@ def weaken(labels, clicks=False):
         for number, box in enumerate(scipy.ndimage.find_objects(regions), 1):
             inside = np.pad(regions[box] == number, 1)           # a picture's border is one too
             depth = scipy.ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
-            y, x = _dot(depth) if clicks else _line(depth)
-            weak[box][y, x] = label
+            weak[box][_dot(depth) if clicks else _line(depth)] = label
     return weak
 
 
 def _dot(depth):
-    """The pixels (y, x) of a region near the deepest one; depth: distances to its outside."""
-    y, x = np.mgrid[:depth.shape[0], :depth.shape[1]]
-    deepest = np.unravel_index(depth.argmax(), depth.shape)
-    return np.nonzero((np.hypot(y - deepest[0], x - deepest[1]) <= DOT) & (depth > 0))
+    """A region's deepest pixel and its neighbours in it; depth: distances to its outside."""
+    dot = np.zeros(depth.shape, bool)
+    dot[np.unravel_index(depth.argmax(), depth.shape)] = True
+    return scipy.ndimage.binary_dilation(dot) & (depth > 0)
 
 
 def _line(depth):
-    """The middle half of the longest straight line through a region's deepest pixel."""
+    """The middle half of the longest straight line through a region's deepest pixel: (y, x)."""
     deepest = np.unravel_index(depth.argmax(), depth.shape)
     padded = np.pad(depth, 1)                                    # a frame of zeros, to end at
     steps = np.arange(1, sum(depth.shape))

@@ -7,7 +7,6 @@ Legend: H x W pixels; u, v an object's own coordinates, in which its outline has
 """
 import colorsys
 import pathlib
-import shutil
 import tempfile
 
 import numpy as np
@@ -19,7 +18,7 @@ from .scribbles import weaken
 from .voc import LISTS, save_labels
 
 CLASS_NAMES = ("background", "disc", "box", "triangle", "ring", "cross")
-DRAWING = 2        # to be raised with every change of the pictures: sets drawn before are redrawn
+DRAWING = 2        # to be raised with every change of the pictures: no older set is taken for it
 
 
 def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 110),
@@ -28,10 +27,9 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
 
     directory: becomes the folder that holds JPEGImages, SegmentationClass, Scribbles and Clicks
     (the same labels, weakened) and ImageSets; written beside and renamed. A set drawn with the same
-    arguments stays as it is, one drawn with others is replaced. width, height: ranges (least,
-    greatest) in pixels. easy: kinds keep to their colours and objects are larger, for short
-    training. An image depends on seed, split and number alone: a longer list begins with the images
-    of a shorter one.
+    arguments stays as it is.  width, height: ranges (least, greatest) in pixels.  easy: kinds keep
+    to their colours and objects are larger, for short training.  A longer list begins with the
+    images of a shorter one.
     Returns directory as a Path.  Raises FileExistsError where it holds anything else.
     """
     directory = pathlib.Path(directory)
@@ -39,11 +37,11 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
              f"width {width[0]} to {width[1]}, height {height[0]} to {height[1]}"
              + ", easy" * easy + "\n")
     marker = directory / "toy.txt"
-    if marker.is_file() and marker.read_bytes() == about.encode():
+    if marker.is_file() and marker.read_text() == about:
         return directory
-    if directory.exists() and not marker.is_file():
-        raise FileExistsError(f"{directory}: found files that are not a drawn set, "
-                              "expected a folder that does not exist yet")
+    if directory.exists():
+        raise FileExistsError(f"{directory}: found something else than a set {about.strip()}; "
+                              "expected that or no such folder")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".minicrf-", dir=directory.parent) as folder:
@@ -63,8 +61,7 @@ def draw(directory, n_train=240, n_val=40, seed=0, width=(96, 140), height=(72, 
                 save_labels(beside / "SegmentationClass" / f"{image_id}.png", labels)
                 save_labels(beside / "Scribbles" / f"{image_id}.png", weaken(labels))
                 save_labels(beside / "Clicks" / f"{image_id}.png", weaken(labels, clicks=True))
-        (beside / "toy.txt").write_text(about)
-        shutil.rmtree(directory, ignore_errors=True)
+        (beside / marker.name).write_text(about)
         beside.replace(directory)
     return directory
 

@@ -1,9 +1,10 @@
 """ImageNet weights of the 16-layer VGG net, from three formats into the network's one convention.
 
 Convention: keys `conv1_1_w` (O, C, k, k), `conv1_1_b` (O,), ... `fc8_b`; input BGR, 0-255, minus
-`mean` (3,), BGR.  What a file is, its content says; nothing in it is executed.
+`mean` (3,), BGR.  Nothing in a file is executed.
 """
 import json
+import pathlib
 
 import numpy as np
 
@@ -19,24 +20,20 @@ def read_weights(path):
     """Weights from a .npz, .mat (MatConvNet) or .safetensors (torchvision's layout) file.
 
     Returns a dict of float arrays in the convention above, `mean` among them.  Raises ValueError
-    or OSError with one line that names the file.
+    with one line that names the file.
     """
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start[:2] == b"PK":
-        weights = read_npz(path)
-    elif start.startswith(b"MATLAB 5.0"):
-        weights = read_matconvnet(path)
-    elif start[8:9] == b"{":
-        weights = read_torchvision(path)
-    else:
-        raise ValueError(f"{path}: found neither .npz, .mat (version 5) nor .safetensors")
-    weights.setdefault("mean", np.array(MEAN))
-    weights.setdefault("scale", np.array(1.0))
-    if "conv1_1_w" not in weights:
-        raise ValueError(f"{path}: no conv1_1_w in it, so not the weights of a 16-layer VGG net")
-    check_numbers(path, {key: array for key, array in weights.items()
-                         if key in ("mean", "scale") or key[-2:] in ("_w", "_b")})
+    readers = {".npz": read_npz, ".mat": read_matconvnet, ".safetensors": read_torchvision}
+    ending = pathlib.Path(path).suffix
+    if ending not in readers:
+        raise ValueError(f"{path}: found neither .npz, .mat nor .safetensors")
+    try:
+        weights = readers[ending](path)
+    except Exception as error:                # broken files raise a dozen kinds
+        why = reason(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: no weights of a 16-layer VGG net in it ({why})") from None
+    weights.pop("info", None)                 # of a checkpoint
+    weights = {"mean": np.array(MEAN), "scale": np.array(1.0), **weights}
+    check_numbers(path, weights)
     return weights
 
 
@@ -60,66 +57,45 @@ def read_torchvision(path):
                for name, layer in zip(NAMES + FULLY_CONNECTED, layers)
                for ours, theirs in (("w", "weight"), ("b", "bias"))
                if f"{layer}.{theirs}" in tensors}
-    weights["mean"] = 255 * np.array([0.485, 0.456, 0.406])[::-1]
-    try:
-        for key, taps in (("fc6_w", 7), ("fc7_w", 1)):                   # matrices -> kernels
-            if key in weights:
-                weights[key] = weights[key].reshape(len(weights[key]), -1, taps, taps)
-        key = "conv1_1_w"
+    for key, taps in (("fc6_w", 7), ("fc7_w", 1)):                       # matrices -> kernels
         if key in weights:
-            # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean
-            # stays outside: folded into the bias, it would be wrong where zeros pad the border.
-            std = np.array([0.229, 0.224, 0.225])                        # RGB
-            weights[key] = (weights[key] / (255 * std)[:, None, None])[:, ::-1]      # -> BGR
-    except (ValueError, IndexError):
-        raise ValueError(f"{path}: {key}: shape {weights[key].shape} is not VGG-16's") from None
+            weights[key] = weights[key].reshape(len(weights[key]), -1, taps, taps)
+    # Theirs: w ((x / 255 - mean) / std).  Ours: (w / (255 std)) (x - 255 mean).  The mean stays
+    # outside: folded into the bias, it would be wrong where zeros pad the border.
+    std = np.array([0.229, 0.224, 0.225])                                # RGB
+    weights["conv1_1_w"] = (weights["conv1_1_w"] / (255 * std)[:, None, None])[:, ::-1]  # -> BGR
+    weights["mean"] = 255 * np.array([0.485, 0.456, 0.406])[::-1]
     return weights
 
 
 def read_safetensors(path):
     """Tensors of a .safetensors file: 8 bytes header length, a JSON header, then raw values."""
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-    tensors = {}
-    content = np.memmap(path, np.uint8, "r")
-    try:
-        start = 8 + int.from_bytes(content[:8], "little")
-        for name, entry in json.loads(content[8:start].tobytes()).items():
-            # of what is left out is said what is missing, when layers are filled
-            if name.startswith(("features.", "classifier.")) and entry["dtype"] in types:
-                begin, end = entry["data_offsets"]
-                raw = content[start:][begin:end].tobytes()
-                tensors[name] = np.frombuffer(raw, types[entry["dtype"]]).reshape(entry["shape"])
-    except Exception as error:      # a broken header raises a dozen kinds
-        raise ValueError(f"{path}: not a readable .safetensors file: {reason(error)}") from None
+    content, tensors = np.memmap(path, np.uint8, "r"), {}
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = content[start + begin:start + end].tobytes()
+        tensors[name] = np.frombuffer(raw, types[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
 def read_matconvnet(path):
-    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB.
-
-    Since 2015 layers have a cell array `weights`, before they had `filters` and `biases`.
-    """
-    content = read_mat(path)
-    try:
-        weights = {}
-        for layer in content["layers"][0]:                               # (1, 1) structs
-            [name] = layer["name"][0, 0]
-            if name in NAMES + FULLY_CONNECTED:
-                if "weights" in layer.dtype.names:
-                    w, b = layer["weights"][0, 0][0, :2]
-                else:
-                    w, b = layer["filters"][0, 0], layer["biases"][0, 0]
-                weights[f"{name}_w"] = w.transpose(3, 2, 0, 1)
-                weights[f"{name}_b"] = b.ravel()
-        meta = content["meta"][0, 0] if "meta" in content else content
-        mean = meta["normalization"]["averageImage"][0, 0].astype(np.float64)        # (.., .., 3)
-        weights["mean"] = mean.reshape(-1, 3).mean(axis=0)[::-1]         # RGB -> BGR
-        if "conv1_1_w" in weights:
-            weights["conv1_1_w"] = weights["conv1_1_w"][:, ::-1]
-        return weights
-    except Exception as error:      # a sound file of anything else
-        raise ValueError(f"{path}: not MatConvNet's imagenet-vgg-verydeep-16.mat: "
-                         f"{reason(error)}") from None
+    """MatConvNet's imagenet-vgg-verydeep-16.mat: kernels (k, k, C, O), input RGB."""
+    content, weights = read_mat(path), {}
+    for layer in content["layers"][0]:                                   # (1, 1) structs
+        [name] = layer["name"][0, 0]
+        if name in NAMES + FULLY_CONNECTED:
+            w, b = layer["weights"][0, 0][0, :2]
+            weights[f"{name}_w"] = w.transpose(3, 2, 0, 1)
+            weights[f"{name}_b"] = b.ravel()
+    meta = content["meta"][0, 0]
+    mean = meta["normalization"]["averageImage"][0, 0].astype(np.float64)    # (1, 1, 3), a picture
+    weights["mean"] = mean.reshape(-1, 3).mean(axis=0)[::-1]             # RGB -> BGR
+    weights["conv1_1_w"] = weights["conv1_1_w"][:, ::-1]
+    return weights
 
 
 def fill(net, weights, path):
@@ -128,33 +104,32 @@ def fill(net, weights, path):
     net: on the CPU.  weights: as read_weights returns them; path: for messages.  A fully connected
     layer that is absent stays as drawn; a convolution must be there, and every shape must fit.
     `largefov` takes the original fc6 and fc7 by sub-sampling taps and channels evenly, as DeepLab
-    did.  Raises ValueError before anything is copied.
+    did.  Raises ValueError.
     """
     missing = list(dict.fromkeys(key[:-2] for key in net.params if key not in weights))
     convolutions = [name for name in missing if name.startswith("conv")]
     if convolutions:
         raise ValueError(f"{path}: {', '.join(convolutions)} missing, but all convolutions of a "
                          "16-layer VGG net are needed")
-    chosen = {key: weights[key] for key in net.params if key[:-2] not in missing}
-    for key, values in chosen.items():
-        shape = net.params[key].shape
+    for key, p in net.params.items():
+        if key[:-2] in missing:
+            continue
+        values = weights[key]
         if net.preset == "largefov" and key[:-2] in FULLY_CONNECTED:
-            chosen[key] = values = subsample(values, shape)
-        if values.shape != shape:
+            values = subsample(values, p.shape)
+        if values.shape != p.shape:
             raise ValueError(f"{path}: {key}: shape {values.shape} does not fit --net "
-                             f"{net.preset}, which has {shape}")
-    for key, values in chosen.items():
-        net.params[key][...] = values
+                             f"{net.preset}, which has {p.shape}")
+        p[...] = values
     return missing
 
 
 def subsample(values, shape):
-    """Every n-th channel and kernel tap of a larger array, as many as `shape` asks for.
+    """Every n-th channel and kernel tap, as many as `shape` asks for, both ends of a kernel kept.
 
-    Both ends of a kernel are kept.  An array that is not larger in each direction is returned as
-    it is.
+    An array that is too small for that is returned as it is.
     """
-    if values.ndim != len(shape) or any(a < b for a, b in zip(values.shape, shape)):
+    if any(a < b for a, b in zip(values.shape, shape)):
         return values
     for axis, (a, b) in enumerate(zip(values.shape, shape)):
         taps = np.arange(b) * (a // b) if axis < 2 else np.linspace(0, a - 1, b).astype(int)

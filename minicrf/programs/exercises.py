@@ -30,7 +30,7 @@ BUGS = {
         "(sum(each) for", "(each[0] for"),
     "relu-mask-dropped": (
         "layers.ReLU.backward",
-        "y[p] > 0", "y[p] >= 0"),
+        "y > 0", "y >= 0"),
     "crf-start-damped": (
         "meanfield.FeatureCRF._back_track",
         "c if t > 1 else 0", "c"),

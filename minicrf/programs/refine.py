@@ -196,7 +196,7 @@ def build_crf(args, n_labels):
     if given:
         raise ValueError("--parameters: found --w or a --sigma as well, expected one or the other")
     crf = (DenseCRF.load(args.parameters) if "options" in read_npz(args.parameters) else
-           checkpoints.load_crf(args.parameters, *checkpoints.read(args.parameters)))
+           checkpoints.load_crf(*checkpoints.read(args.parameters)))
     if not isinstance(crf, DenseCRF):
         raise ValueError(f"{args.parameters}: found a network without such a CRF, expected a "
                          "checkpoint of the joint or the piecewise stage, or DenseCRF.save's")

@@ -3,7 +3,7 @@
     python -m minicrf.programs.scribbles VOC2012/SegmentationClass VOC2012/Scribbles
     python -m minicrf.programs.scribbles VOC2012/SegmentationClass VOC2012/Clicks --clicks
 """
-import os
+import pathlib
 import sys
 
 from tqdm import tqdm
@@ -13,15 +13,16 @@ from .program import Parser, path, run_program
 
 
 def make(args):
-    names = sorted(name for name in os.listdir(args.source) if name.endswith(".png"))
-    if not names:
-        raise ValueError(f"{args.source}: no label pictures (.png) in it")
-    os.makedirs(args.target, exist_ok=True)
-    if os.path.samefile(args.source, args.target):
-        raise ValueError(f"{args.target}: would replace the full labels; name another folder")
-    for name in tqdm(names, "scribbles", unit="image", disable=None):
-        labels = voc.read_labels(os.path.join(args.source, name))
-        voc.save_labels(os.path.join(args.target, name), scribbles.weaken(labels, args.clicks))
+    source, target = pathlib.Path(args.source), pathlib.Path(args.target)
+    pictures = sorted(source.glob("*.png"))
+    if not pictures:
+        raise ValueError(f"{source}: no label pictures (.png) in it")
+    target.mkdir(parents=True, exist_ok=True)
+    if source.samefile(target):
+        raise ValueError(f"{target}: would replace the full labels; name another folder")
+    for each in tqdm(pictures, "scribbles", unit="image", disable=None):
+        labels = voc.read_labels(each)
+        voc.save_labels(target / each.name, scribbles.weaken(labels, args.clicks))
     return 0
 
 

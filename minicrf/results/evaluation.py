@@ -2,37 +2,35 @@
 
 Legend: H x W pixels, L labels.
 """
+import collections
 import os
 import sys
 
 import numpy as np
 
-from ..arrays import out_of_memory, to_device
+from .. import metrics
+from ..arrays import to_device
 from ..data import pictures, voc
+from ..inputs import VOID
 from ..search import search
-from . import checkpoints, figures, metrics
-from .metrics import BAND
+from . import checkpoints, figures
 
 
-def evaluate(model, samples, n_classes, band=BAND):
-    """Confusion matrices of each image, int64 (images, L, L), by method: "unary" and "crf".
+def evaluate(model, samples, n_classes, band=metrics.BAND):
+    """Confusion matrices of each image (images, L, L), by method: "unary" and, with one, "crf".
 
-    Sec. 4.2: sum them over the images, then metrics.mean_iou.
-
-    samples: iterable of (image, labels); "crf" is there where the model has one.  "unary_band" and
-    "crf_band" count the pixels within `band` pixels of a class boundary alone (0: left out).
+    samples: (image, labels).  "unary_band" and "crf_band" count the pixels within `band` pixels of
+    a class boundary alone (0: left out).
     """
-    counts = {}
+    counts = collections.defaultdict(list)
     for image, truth in samples:
-        near = metrics.boundary_band(truth, band) if band else None
+        truths = {"": truth}
+        if band:
+            truths["_band"] = np.where(metrics.boundary_band(truth, band), truth, VOID)
         for method, prediction in zip(("unary", "crf"), model.predict(image)):
-            if prediction is None:
-                continue
-            counts.setdefault(method, []).append(
-                metrics.confusion_matrix(truth, prediction, n_classes))
-            if band:
-                counts.setdefault(f"{method}_band", []).append(
-                    metrics.confusion_matrix(truth[near], prediction[near], n_classes))
+            for kind, labels in truths.items() if prediction is not None else ():
+                counts[method + kind].append(
+                    metrics.confusion_matrix(labels, prediction, n_classes))
     return {method: np.stack(each) for method, each in counts.items()}
 
 
@@ -96,10 +94,10 @@ def label_photographs(checkpoint, path, folder, device):
             name = os.path.join(folder, os.path.basename(each))
             voc.save_labels(f"{name}.labels.png", labels)
             pictures.save_png(f"{name}.overlay.png", figures.overlay(image, labels))
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if not os.path.isdir(path) or type(error) is RuntimeError and not out_of_memory(error):
+        except (ValueError, OSError) as error:
+            if not os.path.isdir(path):
                 raise
-            print(f"skipped: {error or f'{each}: too little memory'}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
             continue
         share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size

@@ -13,7 +13,7 @@ from PIL.ImageFont import load_default as font
 from ..data import pictures
 from ..data.voc import palette
 from ..inputs import VOID
-from .metrics import BAND
+from ..metrics import BAND
 
 INK, FAINT, PAPER = (30, 30, 30), (215, 215, 215), (255, 255, 255)
 BLUE, ORANGE = (0, 90, 180), (215, 95, 0)        # told apart by the colour-blind, too
@@ -23,10 +23,8 @@ def overlay(image, labels):
     """Labels in VOC's colours, blended over their photograph: an RGB Pillow image.
 
     image (H, W, 3) uint8 RGB; labels (H, W).  The photograph is in light greys, so that its colours
-    cannot be taken for labels.  Void is hatched.  Raises ValueError where the sizes differ.
+    cannot be taken for labels.  Void is hatched.
     """
-    if image.shape[:2] != labels.shape:
-        raise ValueError(f"labels: found shape {labels.shape}, expected {image.shape[:2]}")
     H, W = labels.shape
     grey = 60 + 0.76 * image.mean(axis=2, keepdims=True, dtype=np.float32)           # (H, W, 1)
     share = np.where(labels == 0, 0.3, 0.6).astype(np.float32)[:, :, None]           # (H, W, 1)
@@ -36,106 +34,95 @@ def overlay(image, labels):
     return Image.fromarray(blended.round().astype(np.uint8))
 
 
-def panel(path, rows, names, title, width=260):
+def panel(path, rows, names, title):
     """Figures 5 and 6: a row for each image: the photograph, its truth and what methods made of it.
 
     rows: dicts with "image" (H, W, 3) uint8, "labels" (H, W), "name", and "predictions", a dict
-    from method, e.g. "unary", to (labels (H, W), the image's mean IoU).  A method that a row lacks
-    leaves its place empty.  names: the L class names.  width: of a column, in pixels; small
-    pictures are scaled up.
+    from method, e.g. "unary", to (labels (H, W), what to write below).  names: the L class names.
     """
-    columns = ["image", "truth", *dict.fromkeys(m for row in rows for m in row["predictions"])]
-    gap, line, head = 10, 22, 68
-    lefts = {column: gap + i * (width + gap) for i, column in enumerate(columns)}
-    heights = [max(1, round(width / row["labels"].shape[1] * len(row["labels"]))) for row in rows]
-    canvas = Image.new("RGB", (gap + len(columns) * (width + gap),
-                               head + sum(heights) + len(rows) * 2 * (line + gap)), PAPER)
+    columns = ["image", "truth", *rows[0]["predictions"]]
+    gap, line, top, width = 10, 22, 68, 260
+    lefts = [gap + i * (width + gap) for i in range(len(columns))]
+    heights = [round(width / row["labels"].shape[1] * len(row["labels"])) for row in rows]
+    canvas = Image.new("RGB", (lefts[-1] + width + gap,
+                               top + sum(heights) + len(rows) * 2 * (line + gap)), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, 8), title, INK, font(20))
-    for column, left in lefts.items():
-        draw.text((left + width / 2, head - 8), column, INK, font(18), "ms")
-    top = head
+    for column, left in zip(columns, lefts):
+        draw.text((left + width / 2, top - 8), column, INK, font(18), "ms")
     for row, height in zip(rows, heights):
-        photograph = Image.fromarray(row["image"]).resize((width, height), Image.Resampling.BICUBIC)
-        canvas.paste(photograph, (lefts["image"], top))
-        draw.text((lefts["image"] + width / 2, top + height + 4), row["name"], INK, font(16), "ma")
-        shown = {"truth": (row["labels"], None), **row["predictions"]}
-        for column, (labels, score) in shown.items():
-            picture = overlay(np.array(photograph), pictures.enlarge(labels, (height, width)))
-            canvas.paste(picture, (lefts[column], top))
-            caption = "" if score is None else f"mean IoU {score:.1f}%"
-            draw.text((lefts[column] + width / 2, top + height + 4), caption, INK, font(16), "ma")
-        _legend(draw, gap, top + height + line + 4, [labels for labels, _ in shown.values()], names)
+        image = Image.fromarray(row["image"]).resize((width, height), Image.Resampling.BICUBIC)
+        shown = [(row["labels"], ""), *row["predictions"].values()]
+        drawn = [(image, row["name"])]
+        for labels, caption in shown:
+            labels = pictures.enlarge(labels, (height, width))
+            drawn.append((overlay(np.array(image), labels), caption))
+        for left, (picture, caption) in zip(lefts, drawn):
+            canvas.paste(picture, (left, top))
+            draw.text((left + width / 2, top + height + 4), caption, INK, font(16), "ma")
+        _legend(canvas, gap, top + height + line + 4, [labels for labels, _ in shown], names)
         top += height + 2 * (line + gap)
     pictures.save_png(path, canvas)
 
 
-def compatibility(path, matrices, names, cell=26):
+def _legend(canvas, left, top, shown, names):
+    """One line: swatch and name of each class in the label pictures `shown`, largest first."""
+    draw, grey = ImageDraw.Draw(canvas), np.full((16, 16, 3), 100, np.uint8)
+    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]))
+    for label in sorted(np.flatnonzero(counts), key=lambda label: -counts[label]):
+        name = "void (not scored)" if label == VOID else names[label]
+        if left + 38 + draw.textlength(name, font(15)) > canvas.width:
+            draw.text((left, top + 8), "...", INK, font(15), "lm")
+            return
+        canvas.paste(overlay(grey, np.full((16, 16), label)), (left, top))
+        draw.text((left + 21, top + 8), name, INK, font(15), "lm")
+        left += 38 + round(draw.textlength(name, font(15)))
+
+
+def compatibility(path, matrices, names):
     """Matrices of compatibility (M, L, L), side by side: blue rewards, orange penalises."""
     M, L, _ = matrices.shape
+    cell, side = 26, 26 * L
     left = 20 + round(max(font(15).getlength(name) for name in names))
-    canvas = Image.new("RGB", (left + M * (L * cell + 20), 60 + L * cell), PAPER)
+    canvas = Image.new("RGB", (left + M * (side + 20), 60 + side), PAPER)
     draw = ImageDraw.Draw(canvas)
+    for i, name in enumerate(names):
+        draw.text((left - 8, 40 + (i + 0.5) * cell), name, INK, font(15), "rm")
     largest = abs(matrices).max() or 1
-    for m, W in enumerate(matrices):
-        start = left + m * (L * cell + 20)
+    for m, W in enumerate(matrices[..., None]):                                      # (L, L, 1)
+        start = left + m * (side + 20)
         draw.text((start, 8), f"kernel {m + 1} of {M}, full colour {largest:.3g}", INK, font(15))
-        for i, j in np.ndindex(L, L):
-            share = abs(W[i, j]) / largest
-            tone = np.array(BLUE if W[i, j] > 0 else ORANGE) * share + np.array(PAPER) * (1 - share)
-            at = start + j * cell, 40 + i * cell
-            draw.rectangle([*at, at[0] + cell - 2, at[1] + cell - 2],
-                           tuple(tone.astype(int).tolist()))
-            if m == 0 and j == 0:
-                draw.text((left - 8, at[1] + cell / 2), names[i], INK, font(15), "rm")
+        share = abs(W) / largest
+        tones = share * np.where(W > 0, BLUE, ORANGE) + (1 - share) * PAPER          # (L, L, 3)
+        picture = Image.fromarray(tones.astype(np.uint8))
+        canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (start, 40))
     pictures.save_png(path, canvas)
 
 
-def _legend(draw, left, top, shown, names):
-    """One line: swatch and name of each class in the label pictures `shown`, largest first."""
-    counts = np.bincount(np.concatenate([labels.ravel() for labels in shown]), minlength=256)
-    order = sorted(np.flatnonzero(counts), key=lambda label: (label == VOID, -counts[label]))
-    for label in order:
-        name = "void (not scored)" if label == VOID else names[label]
-        if left + 38 + draw.textlength(name, font(15)) > draw.im.size[0]:
-            draw.text((left, top + 8), "...", INK, font(15), "lm")
-            return
-        colour = PAPER if label == VOID else tuple(palette(256)[label].tolist())
-        draw.rectangle([left, top, left + 15, top + 15], colour, INK)
-        for k in (0, 5, 10) if label == VOID else ():
-            draw.line([(left + k, top + 15), (left + 15, top + k)], (90, 90, 90))
-        draw.text((left + 21, top + 8), name, INK, font(15), "lm")
-        left += 38 + draw.textlength(name, font(15))
-
-
-def curves(path, log, size=(1000, 420)):
+def curves(path, log):
     """Figure 4: validation mean IoU over the iterations; on the left unary, on the right joint.
 
     log: rows of log.csv, dicts with "stage", "iteration", "miou" and "images", such as "20/110";
     rows without a miou are passed over.  The best unary value is a dashed line on the right.
     """
-    points = {stage: [(int(row["iteration"]), float(row["miou"])) for row in log
-                      if row["stage"] == stage and str(row["miou"]) not in ("", "nan")]
-              for stage in ("unary", "joint")}
-    values = [v for line in points.values() for _, v in line] or [0, 100]
+    measured = [row for row in log if str(row["miou"]) not in ("", "nan")]
+    unary, joint = ([row for row in measured if row["stage"] == stage]
+                    for stage in ("unary", "joint"))
+    values = [float(row["miou"]) for row in unary + joint] or [0, 100]
     step = _step(max(max(values) - min(values), 1))
-    low = max(0, math.floor(min(values) / step - 1 / 4) * step)
-    high = min(100, math.ceil(max(values) / step + 1 / 4) * step)
-    canvas = Image.new("RGB", size, PAPER)
-    for left, stage, colour in ((0, "unary", BLUE), (size[0] // 2, "joint", ORANGE)):
-        box = left + 56, 64, left + size[0] // 2 - 24, size[1] - 88
-        best = max((v for _, v in points["unary"]), default=None) if stage == "joint" else None
-        _plot(ImageDraw.Draw(canvas), box, stage, points[stage], _images(log, stage), colour,
-              np.arange(low, high + step / 2, step), best)
+    ticks = step * np.arange(math.floor(min(values) / step), math.floor(max(values) / step) + 2)
+    canvas = Image.new("RGB", (1000, 420), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _plot(draw, 56, "unary", unary, BLUE, ticks)
+    _plot(draw, 556, "joint", joint, ORANGE, ticks, max(values[:len(unary)], default=None))
     pictures.save_png(path, canvas)
 
 
-def _plot(draw, box, stage, points, images, colour, ticks, best):
-    """One plot of Figure 4 within box (left, top, right, bottom), in pixels.
-
-    images: what it was measured on; ticks: of the y axis; best: where the dashed line is, or None.
-    """
-    left, top, right, bottom = box
+def _plot(draw, left, stage, rows, colour, ticks, best=None):
+    """One plot of Figure 4: rows of the log, as a curve; best: where the dashed line is, if any."""
+    top, right, bottom = 64, left + 420, 332
+    points = [(int(row["iteration"]), float(row["miou"])) for row in rows]
+    images = f", on {rows[-1]['images']} validation images" if rows else ""
     last = max([x for x, _ in points], default=1) or 1
 
     def at(x, y):
@@ -161,12 +148,6 @@ def _plot(draw, box, stage, points, images, colour, ticks, best):
         for x in range(left, right, 12):
             draw.line([(x, at(0, best)[1]), (min(x + 7, right), at(0, best)[1])], BLUE, 2)
         draw.text((right, bottom + 68), f"- - best unary, {best:.1f}", BLUE, font(15), "rm")
-
-
-def _images(log, stage):
-    """What a stage's curve was measured on, as the last row of its log says."""
-    found = [row["images"] for row in log if row["stage"] == stage and row["images"]]
-    return f", on {found[-1]} validation images" if found else ""
 
 
 def table(results, names):

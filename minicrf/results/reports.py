@@ -8,11 +8,11 @@ import os
 
 import numpy as np
 
+from .. import metrics
 from ..saving import read_npz, replacing
 from ..training import STAGES
-from . import checkpoints, figures, logs, metrics
+from . import checkpoints, figures
 from .evaluation import evaluate
-from .metrics import BAND
 
 MEASURED = *STAGES[:-1], "searched", STAGES[-1]      # joint is last: what others are held against
 
@@ -29,44 +29,43 @@ def columns(stage):
 
 def measure(out, data, stage, model, train_list=False):
     """Final figures of a stage, into STAGE_val.npz and results.json; train_list: also on that."""
-    def counts(ids, name):
+    def measured(ids, name):
         return evaluate(model, data.samples(ids, f"{stage} on the {name} list"), len(data.classes))
 
     if stage != "unary":
         print(f"{stage}: the CRF's parameters")
         for key, p in model.crf.params.items():
             if p.ndim == 3:
-                name = f"{stage}_compatibility.png"
-                figures.compatibility(os.path.join(out, name), p, data.classes)
-                print(f"  w: matrices, in {name}; on their diagonals", "; ".join(
-                    f"{W.diagonal().min():.3f} to {W.diagonal().max():.3f}" for W in p))
-            elif key == "w":
-                print("  w:", ", ".join(f"{x:.3f}" for x in p))
+                path = os.path.join(out, f"{stage}_compatibility.png")
+                figures.compatibility(path, p, data.classes)
+                print(f"  w: matrices, in {path}")
             else:
-                print(f"  {key[4:]}:", ", ".join(f"{x:.2f}" for x in np.exp(p)))
-    arrays = {"ids": data.val, "classes": data.classes, **counts(data.val, "validation")}
+                values = p if key == "w" else np.exp(p)
+                print(f"  {key.removeprefix('log_')}:", ", ".join(f"{x:.3f}" for x in values))
+    arrays = {"ids": data.val, "classes": data.classes, **measured(data.val, "validation")}
     if train_list:
         arrays |= {f"train_{method}": each.sum(axis=0)                   # (L, L)
-                   for method, each in counts(data.train, "training").items()}
+                   for method, each in measured(data.train, "training").items()}
     write(out, stage, arrays)
 
 
 def write(out, stage, arrays):
     """Leaves what was measured of a stage in STAGE_val.npz, and its figures in results.json."""
-    with replacing(_path(out, stage), "wb") as file:
+    with replacing(os.path.join(out, f"{stage}_val.npz"), "wb") as file:
         np.savez_compressed(file, **arrays)
-    results = {stage: _entry(stage, read) for stage in MEASURED if (read := _read(out, stage))}
+    results = {stage: _entry(stage, read) for stage in MEASURED if (read := counts(out, stage))}
     with replacing(os.path.join(out, "results.json")) as file:
         json.dump(results, file, indent=1)
 
 
-def settings_of(out, stage):
-    """The checksum of the settings that a stage was measured with; None where it has none."""
-    return _read(out, stage).get("settings")
+def counts(out, stage):
+    """The arrays of STAGE_val.npz; {} where there is none."""
+    path = os.path.join(out, f"{stage}_val.npz")
+    return read_npz(path) if os.path.exists(path) else {}
 
 
 def report(out, also, data, stage, paths, device):
-    """Table 1, printed and in table.txt, curves.png and panels/.
+    """Table 1, printed and in table.txt, and panels/; then the names of all files.
 
     stage: the last one measured; the other arguments as in `table` and `panels`.
     """
@@ -74,10 +73,8 @@ def report(out, also, data, stage, paths, device):
     names = [*map(os.path.basename, checkpoints.present(out).values()), "results.json", "table.txt"]
     if stage in paths:                   # a stage without a checkpoint predicts nothing to show
         names += panels(out, stage, paths, data, device)
-    log = logs.read_log(os.path.join(out, "log.csv"))
-    if log:
-        names += ["log.csv", "curves.png"]
-        figures.curves(os.path.join(out, "curves.png"), log)
+    names += [name for name in ("log.csv", "curves.png")
+              if os.path.exists(os.path.join(out, name))]
     print(f"in {out}: {', '.join(names)}")
 
 
@@ -87,27 +84,31 @@ def table(out, also, data, stage):
     stage: one measured on `data`; what was measured on other pictures is left out, and said so.
     Returns the text, and leaves it in out/table.txt.
     """
-    like, results, train, confusions, notes = _read(out, stage), {}, {}, {}, ""
+    like, confusions, results, train, notes = counts(out, stage), {}, {}, {}, ""
     names = [os.path.basename(os.path.abspath(folder)) for folder in also]
     where = ["", *(f" ({name if names.count(name) == 1 else folder})"
                    for name, folder in zip(names, also))]
     for stage in MEASURED:
         for folder, place in zip([out, *also], where):
-            read = _read(folder, stage)
-            if read and not _same_images(read, like):
+            read = counts(folder, stage)
+            if not read:
+                continue
+            if not _same_images(read, like):
                 notes += f"not in this table: {stage}{place}, measured on another data set\n"
                 continue
-            for name, method in columns(stage).items() if read else ():
+            for name, method in columns(stage).items():
                 # piecewise without CRF is unary
-                if method in read and not (method == "unary" != stage and np.array_equal(
-                        read["unary"], confusions.get("unary"))):
+                repeats = method == "unary" != stage and np.array_equal(
+                    read[method], confusions.get("unary"))
+                if method in read and not repeats:
                     confusions[name + place] = read[method]
                     results[name + place] = _figures(read, method)
                     if f"train_{method}" in read:
                         train[name + place] = _figures(read, method, "train_")
-    last = [stage for stage in MEASURED if stage in confusions][-1]
     text = (f"Validation list, {len(data.val)} images\n" + figures.table(results, data.classes)
-            + f"within {BAND} px: mean IoU of the pixels no further than that from another class\n")
+            + f"within {metrics.BAND} px: mean IoU of the pixels no further than that from another "
+            "class\n")
+    last = [stage for stage in MEASURED if stage in confusions][-1]
     others = [name for name in confusions if name != last]
     if others:
         text += "\nDifference of mean IoU, its 95% interval by paired bootstrap over images\n"
@@ -127,44 +128,31 @@ def panels(out, stage, paths, data, device):
 
     paths: checkpoints by stage.  The unary one is shown beside where it was measured on `data`.
     """
-    read, unary = _read(out, stage), _read(out, "unary")
-    shown = ["unary", stage] if unary and _same_images(unary, read) else [stage]
+    read, unary = counts(out, stage), counts(out, "unary")
+    beside = "unary" in paths and unary and _same_images(unary, read)
     models = {each: checkpoints.load_model(paths[each], data.classes, device)[0]
-              for each in shown if each in paths}
+              for each in (["unary", stage] if beside else [stage])}
 
     def row(i):
         image, labels = data.load(data.val[i])
         found = {}
         for name, model in models.items():
             unary, refined = model.predict(image)
-            if "unary" not in models:
+            if not beside:
                 found["without CRF"] = unary
             found[name] = unary if refined is None else refined
-        predictions = {name: (each, metrics.mean_iou(metrics.confusion_matrix(
-            labels, each, len(data.classes)))) for name, each in found.items()}
-        return dict(image=image, labels=labels, name=data.val[i], predictions=predictions)
+        for name, each in found.items():
+            confusion = metrics.confusion_matrix(labels, each, len(data.classes))
+            found[name] = each, f"mean IoU {metrics.mean_iou(confusion):.1f}%"
+        return dict(image=image, labels=labels, name=data.val[i], predictions=found)
 
     score = metrics.mean_iou(read[columns(stage)[stage]])                # (images,)
-    order = [i for i in np.argsort(-score) if not np.isnan(score[i])]    # NaN: all void
+    order = np.argsort(-score)
     os.makedirs(os.path.join(out, "panels"), exist_ok=True)
-    written = []
     for name, indices in (("best", order[:4]), ("worst", order[::-1][:4])):
-        if indices:
-            written.append(f"panels/{name}.png")
-            figures.panel(os.path.join(out, written[-1]), [row(i) for i in indices], data.classes,
-                          f"Validation images on which {stage} does {name}")
-    return written
-
-
-def _path(out, stage):
-    return os.path.join(out, f"{stage}_val.npz")
-
-
-def _read(out, stage):
-    """The arrays of STAGE_val.npz; {} where there is none, or one of an earlier version."""
-    path = _path(out, stage)
-    read = read_npz(path) if os.path.exists(path) else {}
-    return read if {"ids", "classes", "unary"} <= read.keys() else {}
+        figures.panel(os.path.join(out, "panels", f"{name}.png"), [row(i) for i in indices],
+                      data.classes, f"Validation images on which {stage} does {name}")
+    return ["panels/best.png", "panels/worst.png"]
 
 
 def _same_images(one, other):
@@ -176,11 +164,11 @@ def _same_images(one, other):
 
 def _entry(stage, read):
     """The entry of results.json for a stage: its own figures, and those of the other method."""
-    other = {"unary": "crf"}.get(stage, "unary")
-    key = "fixed_crf" if stage == "unary" else "before_crf"
+    method, key, other = (("unary", "fixed_crf", "crf") if stage == "unary" else
+                          ("crf", "before_crf", "unary"))
 
     def part(prefix):
-        entry = _figures(read, columns(stage)[stage], prefix)
+        entry = _figures(read, method, prefix)
         return entry | ({key: _figures(read, other, prefix)} if other in read else {})
 
     return part("") | ({"train": part("train_")} if "train_unary" in read else {})
@@ -196,4 +184,4 @@ def _figures(read, method, prefix=""):
                    for kind in ("", "_band"))
     return {"miou": percent(metrics.mean_iou(whole)),
             "iou": {str(name): percent(x) for name, x in zip(read["classes"], metrics.iou(whole))},
-            "miou_band": percent(metrics.mean_iou(near)), "band": BAND}
+            "miou_band": percent(metrics.mean_iou(near)), "band": metrics.BAND}

@@ -7,15 +7,19 @@ the pictures' own, in order; other labels are void.  Each half of the images is 
 `search` finds on the other half.  Prints mean IoU, and the time beside as many single inferences.
 IMAGES: the first so many alone, to measure the time in a minute or two.
 """
+import pathlib
 import sys
 import time
 
-import numpy as np
-from columns import DenseCRF, counts, difference, mean_iou
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from minicrf import search
-from minicrf.data import voc
-from minicrf.layers import BilinearUpsample
+import numpy as np   # noqa: E402
+from experiment import difference   # noqa: E402
+
+from minicrf import DenseCRF, search   # noqa: E402
+from minicrf.data import voc   # noqa: E402
+from minicrf.layers import BilinearUpsample   # noqa: E402
+from minicrf.metrics import confusion_matrix, mean_iou   # noqa: E402
 
 
 def read(path, root):
@@ -32,6 +36,14 @@ def read(path, root):
     for scores, (image, y) in zip(cells, pictures):
         pairs.append((upsample.forward(scores, y.shape), image, number[y]))
     return pairs
+
+
+def counts(samples, crf=None):
+    """(images, L, L): true labels by labels found."""
+    L = samples[0][0].shape[2]
+    found = [(crf.forward(f, image, train=False) if crf else f).argmax(axis=2)
+             for f, image, _ in samples]
+    return np.stack([confusion_matrix(y, each, L) for (_, _, y), each in zip(samples, found)])
 
 
 def main(path, root, images=None):
