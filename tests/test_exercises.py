@@ -49,8 +49,8 @@ PASSES = {
         ("reward(a_i, K_b, W) + ", ""),
         (" + reward(K_a, b_i, W)", "")]),
     "kernels.GaussianKernel._crosses": (gradcheck.check_kernels, "GaussianKernel, .*: dlog_sigma", [
-        ("self.K_with_self.scaled", "self.K.scaled"),
-        ("compatible(K.splat(a), W)", "K.splat(a)")]),
+        ("self.K_with_self", "self.K"),
+        ("compatible(K_k.splat(a), W)", "K_k.splat(a)")]),
     "kernels.compatible_backward": (gradcheck.check_kernels, "GaussianKernel, matrix: dW", [
         ("(dW + dW.T) / 2", "dW")]),
     "marginals.through_log_marginals": (gradcheck.check_crf, "DenseCRF", [
