@@ -4,12 +4,9 @@
 """
 # flake8: noqa: E402
 import os
-import signal
 
 if (os.cpu_count() or 1) <= 4:       # threads of ours serve few cores better than OpenBLAS' own
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")               # NumPy's import looks here
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # an import has nothing to tell of Ctrl-C
 
 import argparse
 import sys
@@ -21,7 +18,7 @@ from tqdm import tqdm
 
 from minicrf import DenseCRF, LocalCRF, training, vgg
 from minicrf.data import loading, toy, voc, weights
-from minicrf.programs.gpu import gpu_available, gpu_failure, peak_memory, use_tf32
+from minicrf.programs.gpu import choose_device, peak_memory, use_tf32
 from minicrf.programs.program import (WEIGHT, WIDTH, Parser, locked, number, path, run_program,
                                       undisturbed)
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
@@ -29,7 +26,7 @@ from minicrf.results import checkpoints, evaluation, figures, logs, reports
 # The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.
 # Joint training starts at weights under those that are best with nothing learned.
 def by_stage(unary, joint, piecewise):
-    return {"unary": unary, "local": joint, "piecewise": piecewise, "joint": joint}
+    return {"unary": unary, "joint": joint, "local": joint, "piecewise": piecewise}
 
 
 TOY = dict(net="tiny", batch_size=16, iterations=by_stage(320, 30, 40),
@@ -38,59 +35,61 @@ VOC = dict(net="vgg16", batch_size=20, iterations=by_stage(6000, 2000, 500),
            rate=by_stage(1.0, 0.1, 0.1), evaluate_every=by_stage(200, 200, 50))
 SAVE_EVERY = 300                                         # seconds, at most, between checkpoints
 
-COUNT = number("a whole number from 1 to 1e9", lambda x: 0 < x <= 1e9, int)
-FROM_0 = number("a number, 0 or more", lambda x: x >= 0)
-SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
-SEED = number("a whole number from 0 to 1e9", lambda x: 0 <= x <= 1e9, int)
+COUNT = number(1, 1e9, int)
 PREDICTS = {"stage", "weights", "image", "out", "device", "tf32"}        # what predict uses
+
+HELP = """\
+stages (default: unary, then joint):
+  unary      trains the network alone
+  joint      trains network and CRF together, from the unary checkpoint
+  local      trains network and local factors, likewise (the paper's Fig. 2)
+  piecewise  trains the CRF alone, the network of the unary checkpoint frozen
+  search     chooses the CRF's parameters by IoU, on one half of the validation
+             images, and measures them on the other
+  eval       measures what was trained, again, in one table
+  predict    labels photographs of your own
+
+examples:
+  python run_voc.py --voc VOCdevkit/VOC2012 --weights imagenet-vgg-verydeep-16.mat
+  python run_voc.py --voc VOCdevkit/VOC2012 --resume
+  python run_voc.py --stage predict --image photo.jpg"""
 
 
 def default(name):
-    """What help says of an option that differs between the toy set and VOC."""
-    voc, toy = (", ".join(f"{x:g} {stage}" for stage, x in value.items())
-                if isinstance(value, dict) else value for value in (VOC[name], TOY[name]))
-    return f"(default: {voc}; toy set: {toy})"
+    """What help says of an option that differs between VOC and the toy set."""
+    texts = [", ".join(f"{stage} {x:g}" for stage, x in value.items())
+             if isinstance(value, dict) else value for value in (VOC[name], TOY[name])]
+    return f"(default: {texts[0]}; toy set: {texts[1]})"
 
 
 def build_parser():
     parser = Parser(
-        prog="run_voc.py", usage="python run_voc.py [options]",
+        prog="run_voc.py", usage="python run_voc.py [options]", epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a network through a dense CRF. Without options: on a small drawn set.",
-        epilog="examples:\n"
-        "  python run_voc.py --voc VOCdevkit/VOC2012 --weights imagenet-vgg-verydeep-16.mat\n"
-        "  python run_voc.py --voc VOCdevkit/VOC2012 --resume\n"
-        "  python run_voc.py --stage predict --image photo.jpg")
+        description="Train a network through a dense CRF. Without options: on a small drawn set.")
     add = parser.add_argument_group("what to train on").add_argument
-    add("--voc", type=path, metavar="DIR", help="the folder that holds JPEGImages "
-        "(.../VOCdevkit/VOC2012); without it a toy set is drawn and used")
-    add("--sbd", type=path, metavar="DIR", help="more training images: SBD's dataset folder (.mat "
-        "files) or SegmentationClassAug (.png files)")
+    add("--voc", type=path, metavar="DIR", help="the folder that holds JPEGImages, "
+        ".../VOCdevkit/VOC2012 (default: a toy set, drawn into OUT)")
+    add("--sbd", type=path, metavar="DIR",
+        help="more training images: the folder of SBD or of SegmentationClassAug")
     add("--labels", metavar="FOLDER", help="training labels from this folder beside JPEGImages, "
-        "such as Scribbles: PNGs of the same names, 255 where nothing is known (default: "
-        "SegmentationClass, where validation labels always are)")
-    add("--check", action="store_true", help="list every problem of the data set, and do no more")
+        "such as Scribbles; 255 is unknown (default: SegmentationClass)")
+    add("--check", action="store_true", help="list what is wrong with the images, and stop")
 
     add = parser.add_argument_group("what to do").add_argument
-    add("--stage", choices=(*training.STAGES, "search", "eval", "predict"), help="unary: train the "
-        "network alone; joint: network and CRF, from the unary checkpoint; local: network and "
-        "local factors, likewise; piecewise: the CRF alone; search: its parameters by IoU, chosen "
-        "on one half of the validation images and measured on the other; eval: one table of what "
-        "was trained; predict: label photographs (default: unary, then joint)")
-    add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights (.npz, .mat, "
-        ".safetensors) or a checkpoint to train further (default: none); other stages: the "
-        "checkpoint to start from (default: OUT/unary.npz); eval: the one to measure (default: all "
-        "in OUT); predict: the one to use (default: the last stage in OUT)")
-    add("--net", choices=vgg.PRESETS, help="vgg16: the paper's; largefov: takes less memory; "
-        f"tiny: of the toy set {default('net')}")
+    add("--stage", choices=(*training.STAGES, "search", "eval", "predict"), help="see below")
+    add("--weights", type=path, metavar="FILE", help="unary: ImageNet weights or a checkpoint to "
+        "start from (default: none); others: the checkpoint (default: OUT/unary.npz; eval: all in "
+        "OUT; predict: the last stage in OUT)")
+    add("--net", choices=vgg.PRESETS, help="vgg16: the paper's; largefov: needs less memory; "
+        f"tiny: for the toy set {default('net')}")
     add("--image", type=path, metavar="PATH", help="predict: a photograph, or a folder of them")
     add("--out", type=path, metavar="DIR", default="runs",
         help="where everything is written (default: runs)")
-    add("--resume", action="store_true", help="go on where OUT/STAGE.npz stopped")
+    add("--resume", action="store_true", help="continue the run whose checkpoints are in OUT")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="(default: a GPU where there is one)")
-    add("--tf32", action="store_true", help="round the factors of matrix products to 10 bits, on a "
-        "GPU that is faster so")
+    add("--tf32", action="store_true", help="faster, less precise matrix products on a GPU")
 
     add = parser.add_argument_group("how to train").add_argument
     add("--iterations", type=COUNT, metavar="N",
@@ -98,32 +97,32 @@ def build_parser():
     add("--batch-size", type=COUNT, metavar="N",
         help=f"images in an update {default('batch_size')}")
     add("--micro-batch", type=COUNT, metavar="N",
-        help="images that go through the network together (default: all); less takes less memory")
-    add("--rate", type=FROM_0, metavar="X",
+        help="images that go through the network at once; fewer need less memory (default: all)")
+    add("--rate", type=number(0, 1e9), metavar="X",
         help=f"multiplies every learning rate {default('rate')}")
-    add("--drop", type=SHARE, metavar="X", default=0.75, help="share of the iterations after which "
-        "learning rates fall to a tenth (default: 0.75; 1: never)")
+    add("--drop", type=number(0, 1), metavar="X", default=0.75,
+        help="share of the iterations after which learning rates fall to a tenth (default: 0.75)")
     add("--evaluate-every", type=COUNT, metavar="N",
-        help=f"iterations between evaluations {default('evaluate_every')}")
+        help=f"iterations between points of the curve {default('evaluate_every')}")
     add("--evaluate-images", type=COUNT, metavar="K",
-        help="validation images for the curve, the first K (default: all); results are on all")
-    add("--seed", type=SEED, default=0, metavar="N",
+        help="validation images for the curve, the first K (default: all); tables are on all")
+    add("--seed", type=number(0, 1e9, int), default=0, metavar="N",
         help="of weights, order, dropout and the toy set (default: 0)")
 
     add = parser.add_argument_group("where the CRF starts").add_argument
     add("--w", type=WEIGHT, nargs=2, default=(1, 4), metavar=("POSITION", "BILATERAL"),
-        help="kernel weights (default: 1 4, under those that are best with nothing learned)")
+        help="weights of its two kernels (default: 1 4)")
     add("--compatibility", choices=("potts", "matrix"), default="potts",
-        help="matrix: learn which labels go together, from the weight times I (default: potts)")
+        help="matrix: learn which labels go together (default: potts)")
     add("--sigma-position", type=WIDTH, default=3, metavar="PIXELS",
         help="width of the kernel of position (default: 3)")
     add("--sigma-bilateral", type=WIDTH, nargs=2, default=(80, 13), metavar=("PIXELS", "COLOUR"),
         help="widths of the kernel of position and colour (default: 80 13)")
 
-    add = parser.add_argument_group("what to measure").add_argument
+    add = parser.add_argument_group("what the table shows").add_argument
     add("--also", metavar="DIR", type=path, nargs="+", default=[],
-        help="more --out folders to compare with in the table, such as a control's")
-    add("--train-list", action="store_true", help="evaluate on the training list as well")
+        help="other --out folders beside this one, such as a control's")
+    add("--train-list", action="store_true", help="IoU on the training list as well")
     return parser
 
 
@@ -135,80 +134,65 @@ def parse_arguments(arguments=None):
     for name in sorted(given - PREDICTS) if args.stage == "predict" else ():
         parser.error(f"--{name.replace('_', '-')}: found it with --stage predict, which does not "
                      "use it")
-    defaults = VOC if args.voc else TOY
-    args.net = args.net or defaults["net"]
-    args.batch_size = args.batch_size or defaults["batch_size"]
-    for name in ("iterations", "rate", "evaluate_every"):  # by stage; one given is for all
-        value = getattr(args, name)
-        setattr(args, name, dict.fromkeys(training.STAGES, value) if name in given
-                else defaults[name])
+    for name, value in (VOC if args.voc else TOY).items():
+        if name not in given:
+            setattr(args, name, value)
+        elif isinstance(value, dict):                      # by stage; one given is for all
+            setattr(args, name, dict.fromkeys(value, getattr(args, name)))
+    args.stages = [args.stage] if args.stage else ["unary", "joint"]
     return args
-
-
-def stages(args):
-    """The stages to train, in order; none for eval and predict."""
-    return [stage for stage in ([args.stage] if args.stage else ["unary", "joint"])
-            if stage in training.STAGES]
 
 
 def check_options(args):
     """Refuse what makes no sense together, before anything is done or written."""
-    if args.device == "gpu" and not gpu_available():
-        why = gpu_failure() or "cupy is not installed"
-        raise ValueError(f"--device: found gpu, but {why}; expected cpu or auto")
     if bool(args.image) != (args.stage == "predict"):
-        raise ValueError("--image: found one of it and --stage predict, expected both or none")
-    if args.stage == "search" and args.compatibility == "matrix":
-        raise ValueError("--compatibility: --stage search chooses one number a kernel, no matrix")
-    if args.sbd and not args.voc:
-        raise ValueError("--sbd: found it without --voc, expected both or none")
+        raise ValueError("--image, --stage predict: found only one of them, expected both or none")
+    for name in ("sbd", "check"):
+        if getattr(args, name) and not args.voc:
+            raise ValueError(f"--{name}: found it without --voc, which it needs")
     for folder in args.also:
         if not os.path.exists(os.path.join(folder, "results.json")):
-            raise FileNotFoundError(f"--also: found no results.json in {folder}, expected the "
-                                    "--out folder of another run")
-    needs_one = args.stage == "predict" or args.stage == "eval" and not args.check
-    if needs_one and not (args.weights or checkpoints.present(args.out)):
-        raise FileNotFoundError(f"{args.out}: found no checkpoint, expected unary.npz, "
-                                "piecewise.npz or joint.npz, or one named with --weights")
-    written = [os.path.realpath(os.path.join(args.out, f"{stage}.npz")) for stage in stages(args)]
+            raise FileNotFoundError(f"--also: found no results.json in {folder}, expected another "
+                                    "run's --out")
+    there = args.weights or checkpoints.present(args.out)
+    if args.stage in ("eval", "predict") and not there:
+        raise FileNotFoundError(f"{args.out}: found no checkpoint; run another --stage first, or "
+                                "name one with --weights")
+    written = [os.path.realpath(os.path.join(args.out, f"{stage}.npz")) for stage in args.stages]
     if args.weights and not args.resume and os.path.realpath(args.weights) in written:
         raise ValueError(f"--weights: found {args.weights}, which this run would overwrite; "
-                         "expected another --out, or --resume to go on")
+                         "expected another --out, or --resume to continue")
 
 
 def start_crf(args, n_classes, stage):
     """The CRF as it is before it has learned anything: the options of its group."""
     if stage == "local":
         return LocalCRF(n_classes)
-    spatial, colour = args.sigma_bilateral
     w = np.array(args.w, float)
     if args.compatibility == "matrix":
         w = w[:, None, None] * np.eye(n_classes)
     return DenseCRF(n_classes, w=w, sigma_position=args.sigma_position,
-                    sigma_bilateral=(spatial, colour))
+                    sigma_bilateral=args.sigma_bilateral)
 
 
 def start_model(args, data, start, stage, device):
     """(model, names of its fresh layers) for a stage from its beginning; start: from which file."""
     if stage != "unary":
         if not os.path.exists(start):
-            raise FileNotFoundError(f"{start}: found no such file, expected a checkpoint of the "
-                                    "unary stage; run --stage unary first, or name one with "
-                                    "--weights")
+            raise FileNotFoundError(f"{start}: found no such file; run --stage unary first, or "
+                                    "name a checkpoint with --weights")
         model, _, _ = checkpoints.load_model(start, data.classes, device)
         model.crf = start_crf(args, len(data.classes), stage)
         return model, []
     net = vgg.build(args.net, len(data.classes), seed=args.seed)
-    every = [name for name in net.layers if f"{name}_w" in net.params]
-    mean, scale, fresh = weights.MEAN, training.PIXEL_SCALE, every
+    fresh = [name for name in net.layers if f"{name}_w" in net.params]
+    mean, scale, origin = weights.MEAN, training.PIXEL_SCALE, "all weights are random"
     if start:
         values = weights.read_weights(start)
         fresh = weights.fill(net, values, start)
         mean, scale = values["mean"], values["scale"]
-    loaded = [name for name in every if name not in fresh]
-    source = f"{', '.join(loaded)} loaded from {start}" if loaded else "no weights given"
-    print(f"--net {args.net}: {source}; freshly initialised: "
-          f"{', '.join(fresh if loaded else ['all layers']) or 'none'}")
+        origin = f"weights from {start}; random ones in {', '.join(fresh) or 'no layer'}"
+    print(f"--net {args.net}: {origin}")
     vgg.move(net, device)
     model = training.Model(net, mean, device=device, scale=scale)
     images, labels = zip(*map(data.load, data.train[:4]))
@@ -237,7 +221,7 @@ def begin(args, data, stage, device):
             settings["checkpoint to start from (its checksum)"] = zlib.crc32(file.read())
     if args.resume and os.path.exists(path):
         model, arrays, info = checkpoints.resume(path, data.classes, device, settings)
-        print(f"{stage}: going on after iteration {info['iteration']} of {args.iterations[stage]}")
+        print(f"{stage}: resumes after iteration {info['iteration']} of {args.iterations[stage]}")
     else:
         model, fresh = start_model(args, data, start, stage, device)
         arrays, info = None, {"stage": stage, "classes": data.classes, "fresh": fresh,
@@ -293,7 +277,7 @@ def train(args, data, stage, device):
     finally:
         if unsaved:
             save()
-            print(f"{stage}: saved after iteration {info['iteration']}; --resume goes on")
+            print(f"{stage}: saved after iteration {info['iteration']}; --resume continues")
         bar.close()
         batches.close()
 
@@ -315,14 +299,13 @@ def measure_checkpoints(args, data, device):
     After unary training also with an untrained CRF.
     """
     there = checkpoints.present(args.out)
-    for name, path in [("", args.weights)] if args.weights else [*there.items()]:
+    for path in [args.weights] if args.weights else [*there.values()]:
         model, _, info = checkpoints.load_model(path, data.classes, device)
         stage = info["stage"]
-        if name not in ("", stage) or not os.path.samefile(there.setdefault(stage, path), path):
+        if not os.path.samefile(there.setdefault(stage, path), path):
             raise ValueError(f"{path}: found a checkpoint of stage {stage}, whose results would "
                              f"replace those of another in {args.out}; expected another --out")
-        if model.crf is None:
-            model.crf = start_crf(args, len(data.classes), stage)
+        model.crf = model.crf or start_crf(args, len(data.classes), stage)
         reports.measure(args.out, data, stage, model, args.train_list)
     return there, stage
 
@@ -331,41 +314,31 @@ def search_parameters(args, data, device):
     """Stage search: figures of a CRF whose parameters were chosen by IoU; returns their name."""
     start = args.weights or os.path.join(args.out, "unary.npz")
     model, _, _ = checkpoints.load_model(start, data.classes, device)
-    with open(start, "rb") as file:
-        settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, args.labels,
-                                    data.train, data.val, zlib.crc32(file.read()))).encode())
-    if args.resume and reports.counts(args.out, "searched").get("settings") == settings:
-        print("searched: done before, nothing to resume")
-    else:
-        counts = evaluation.cross_fitted(
-            model, data, lambda: start_crf(args, len(data.classes), "search"))
-        reports.write(args.out, "searched", {"ids": data.val, "classes": data.classes,
-                                             "settings": settings, **counts})
+    counts = evaluation.cross_fitted(
+        model, data, lambda: start_crf(args, len(data.classes), "search"))
+    reports.write(args.out, "searched", {"ids": data.val, "classes": data.classes, **counts})
     return "searched"
 
 
 def run(args):
     """What the command line asks for; returns the exit code."""
     check_options(args)
-    device = args.device if args.device != "auto" else "gpu" if gpu_available() else "cpu"
+    if args.check:
+        problems, notes = loading.DataSet(args.voc, args.sbd, args.labels).check()
+        print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
+        return 2 if problems else 0
+    device = choose_device(args.device)
     use_tf32(args.tf32)
-    if args.device == "auto" and gpu_failure():
-        print(f"--device auto: on the cpu, as {gpu_failure()}")
     if args.stage == "predict":
         checkpoint = args.weights or [*checkpoints.present(args.out).values()][-1]
         evaluation.label_photographs(checkpoint, args.image, os.path.join(args.out, "predictions"),
                                      device)
         return 0
     with locked(args.out):
-        logs.read_log(os.path.join(args.out, "log.csv"))     # what is wrong there is said now
         if args.voc is None:
             args.voc = os.path.join(args.out, f"toy_seed{args.seed}")
-            print(f"no --voc given: training --net {args.net} on a drawn toy set, {args.voc}")
+            print(f"no --voc given: --net {args.net} on a drawn toy set, {args.voc}")
             toy.draw(args.voc, n_train=480, n_val=100, seed=args.seed, easy=True)
-        if args.check:
-            problems, notes = loading.DataSet(args.voc, args.sbd, args.labels).check()
-            print(*notes, *(problems or [f"{args.voc}: no problem found"]), sep="\n")
-            return 2 if problems else 0
         train_or_measure(args, device)
     if device == "gpu":
         print(f"peak GPU memory: {peak_memory() / 2 ** 30:.2f} GiB")
@@ -382,24 +355,19 @@ def train_or_measure(args, device):
     elif args.stage == "search":
         paths, stage = {}, search_parameters(args, data, device)
     else:
-        for stage in stages(args):
+        for stage in args.stages:
             model = train(args, data, stage, device)
             model.crf = model.crf or start_crf(args, len(data.classes), stage)
             reports.measure(args.out, data, stage, model, args.train_list)
             del model                        # the next one needs its memory
-            if not args.stage:
-                args.weights = None          # named where unary starts; joint starts from OUT
+            args.weights = None              # was for the first; joint follows unary
         paths = checkpoints.present(args.out)
     reports.report(args.out, args.also, data, stage, paths, device)
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
-    alone = args.stage in ("search", "eval", "predict")
-    size = 1 if alone else args.micro_batch or args.batch_size
-    smaller = f"--micro-batch {size // 2}" if size > 1 else "--net largefov or --device cpu"
-    return run_program("run_voc.py", run, args, too_little=(
-        f"found too little memory for {size} images at a time; try {smaller}"))
+    return run_program("run_voc.py", run, parse_arguments(arguments), too_little=(
+        "found too little memory; try --micro-batch 1, --net largefov or --device cpu"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def programs_run_on_the_cpu():
     """What tests compare to the bit a GPU adds up in another order each time."""
     with pytest.MonkeyPatch.context() as patch:
         for program in ("run_voc", "minicrf.programs.refine"):
-            patch.setattr(f"{program}.gpu_available", lambda: False)
+            patch.setattr(f"{program}.choose_device", lambda wanted: "cpu")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")           # of processes that tests start
         yield
 

@@ -65,6 +65,6 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
 def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", "/dev/null/runs"):
-        with pytest.raises(OSError, match=f"--out: found {out} .*expected a folder to write into"):
+        with pytest.raises(OSError, match=str(out)):
             with program.locked(out):
                 pass

@@ -11,7 +11,6 @@ from PIL import Image
 
 from minicrf import DenseCRF, training, vgg
 from minicrf.data import voc
-from minicrf.programs import refine
 from minicrf.programs.refine import colour, main
 from minicrf.results import checkpoints
 
@@ -55,11 +54,10 @@ def rgb(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.mark.parametrize("unknown", [False, True])
-@pytest.mark.parametrize("mode", ["P", "L", "1", "RGB", "RGBA"])
+@pytest.mark.parametrize("mode, unknown", [
+    ("1", False), ("L", False), ("L", True), ("P", True), ("RGB", False), ("RGB", True),
+    ("RGBA", True)])
 def test_a_label_picture_keeps_its_mode_and_colours(folder, mode, unknown):
-    if mode == "1" and unknown:
-        pytest.skip("two colours only")
     label_picture(mode, unknown=unknown).save("labels.png")
     colours = ["--unknown", "white"] if unknown else []
     main(["photo.png", "labels.png", "out.png", *CRF, *colours])
@@ -81,17 +79,11 @@ def test_channels_are_in_the_order_of_a_pictures_values_and_named(folder, capsys
     save_palette_picture("labels.png", values, voc.palette(3))
     main(["photo.png", "labels.png", "q.npy", *CRF])
     assert np.array_equal(np.load("q.npy").argmax(axis=2), values - 1)
-    assert "channel 0 = 1; channel 1 = 2" in capsys.readouterr().out
+    assert "channel 0 is label 1; channel 1 is label 2" in capsys.readouterr().out
     label_picture("RGB", wrong=False).save("labels.png")
     main(["photo.png", "labels.png", "q.npy", *CRF])
     assert np.array_equal(np.load("q.npy").argmax(axis=2), 1 - TRUTH)
-    assert "channel 0 = 0,64,128; channel 1 = 200,30,40" in capsys.readouterr().out
-
-
-def test_palette_entries_of_one_colour_are_labels_of_their_own(folder):
-    save_palette_picture("labels.png", TRUTH, [LEFT, LEFT])
-    main(["photo.png", "labels.png", "out.png", *CRF])
-    assert np.array_equal(np.asarray(Image.open("out.png")), TRUTH)
+    assert "channel 0 is label 0,64,128; channel 1 is label 200,30,40" in capsys.readouterr().out
 
 
 def test_the_void_border_of_voc_is_no_class(folder):
@@ -157,12 +149,11 @@ def bad_files():
     np.save("low.npy", scores[1:])
     np.save("first.npy", np.moveaxis(scores, 2, 0))
     np.save("nan.npy", np.full_like(scores, np.nan))
-    np.save("above_one.npy", scores + 10)
-    with open("text.png", "w") as file:
-        file.write("no picture")
+    np.save("high.npy", scores + 10)
+    pathlib.Path("text.png").write_text("no picture")
+    os.mkdir("folder.png")
     label_picture("RGB").save("labels.png")
     label_picture("RGB").crop((0, 0, W, H - 1)).save("low.png")
-    Image.fromarray(np.full((H, W, 3), UNKNOWN, np.uint8)).save("nothing.png")
     Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W)).save("deep.png")
     noise = np.random.default_rng(2).integers(0, 256, (30, 30, 3)).astype(np.uint8)
     Image.fromarray(noise).save("noise.png")
@@ -172,52 +163,42 @@ def bad_files():
 
 
 BAD = {
-    "photo.jpg scores.npy": "photo.jpg: found no such file",
-    "text.png scores.npy": "text.png: found a file that cannot be read .*, expected a photograph",
-    "photo.png nothing.npy": "nothing.npy: not a readable .npy file .*No such file",
-    "photo.png flat.npy": "flat.npy: found one channel; with --probabilities",
-    "photo.png many.npy": "many.npy: found shape .*, L at most 255",
-    "photo.png low.npy": r"low.npy: found height and width \(11, 20\), expected \(12, 20\)",
-    "photo.png first.npy": r"first.npy: found the labels in front, \(L, H, W\)",
-    "photo.png nan.npy": "nan.npy: found values from nan",
-    "photo.png above_one.npy --probabilities": "above_one.npy: found values from .*, expected prob",
-    "photo.png text.png": "text.png: found a file that cannot be read .*a picture or .npy",
-    "photo.png low.png": r"low.png: found height and width \(11, 20\), expected \(12, 20\)",
-    "photo.png deep.png": r"deep.png: found a picture of mode I(;16)?, expected",
-    "photo.png noise.png": "noise.png: found [0-9]+ colours besides unknown, expected 2 to 255",
-    "photo.png nothing.png --unknown white": "found 0 colours besides unknown",
-    "photo.png labels.png --probabilities": "labels.png: found a picture of mode RGB; prob",
-    "photo.png labels.png --confidence 1.5": "confidence",
-    "photo.png scores.npy --unknown black": "scores.npy: --confidence and --unknown are for label",
-    "photo.png scores.npy --parameters array.npz": "array.npz: ",
-    "photo.png scores.npy --parameters unary.npz": "unary.npz: found a network without such a CRF",
-    "photo.png scores.npy --parameters joint.npz --w 1 1": "--parameters: found --w or",
+    "photo.jpg scores.npy out.png": "photo.jpg: found no such file",
+    "text.png scores.npy out.png": "text.png: found a file that cannot be read .*, expected a phot",
+    "photo.png nothing.npy out.png": "nothing.npy: not a readable .npy file .*No such file",
+    "photo.png flat.npy out.png": "flat.npy: found one channel; with --probabilities",
+    "photo.png many.npy out.png": "many.npy: found shape .*, L at most 255",
+    "photo.png low.npy out.png": r"low.npy: found height and width \(11, 20\), expected \(12, 20\)",
+    "photo.png first.npy out.png": r"first.npy: found shape \(2, 12, 20\) .* puts labels last",
+    "photo.png nan.npy out.png": "nan.npy: found values from nan",
+    "photo.png high.npy out.png --probabilities": "high.npy: found values from .*, expected prob",
+    "photo.png low.png out.png": r"low.png: found height and width \(11, 20\), expected \(12, 20\)",
+    "photo.png deep.png out.png": r"deep.png: found a picture of mode I(;16)?, expected",
+    "photo.png noise.png out.png": "noise.png: found [0-9]+ colours besides unknown, expected 2 to",
+    "photo.png labels.png out.png --probabilities": "labels.png: found a picture of mode RGB, exp",
+    "photo.png labels.png out.png --confidence 1.5": "confidence",
+    "photo.png scores.npy out.png --parameters array.npz": "array.npz: ",
+    "photo.png scores.npy out.png --parameters unary.npz": "unary.npz: found a network without",
+    "photo.png scores.npy out.png --parameters joint.npz --w 1 1": "--parameters: found --w or",
+    "photo.png scores.npy out.jpg": "out.jpg: the result needs",
+    "photo.png scores.npy photo.png": "photo.png: the result needs",
+    "photo.png scores.npy nowhere/out.png": "nowhere/out.png: could not be",
+    "photo.png scores.npy folder.png": "folder.png: could not be",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input_is_named_in_one_line_and_out_stays_as_it_was(folder, capsys, arguments):
     bad_files()
-    image, scores, *options = arguments.split()
-    files = {*folder.iterdir()}
-    assert main([image, scores, "out.png", *options]) == 2
+    before = {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    assert main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert re.match(f"python -m minicrf: .*{BAD[arguments]}", error) and error.count("\n") == 1
-    assert (folder / "out.png").read_bytes() == b"kept" and {*folder.iterdir()} == files
-
-
-@pytest.mark.parametrize("out", ["out.jpg", "nowhere/out.png", "folder.png", "photo.png"])
-def test_an_out_that_cannot_be_is_named_and_overwrites_nothing(folder, capsys, out):
-    (folder / "folder.png").mkdir()
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert main(["photo.png", "scores.npy", out]) == 2
-    assert re.match(f"python -m minicrf: {out}: (the result needs|could not be)",
-                    capsys.readouterr().err)
-    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert before == {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("options", [
-    ["--unknown", "mauve-ish"], ["--iterations", "1.5"], ["--w", "1"], ["--w", "1", "nan"],
+    ["--unknown", "mauve-ish"], ["--iterations", "1.5"], ["--w", "1", "-1"],
     ["--sigma-position", "0"], ["--weigths", "1", "1"]])
 def test_bad_options_are_named_in_one_line(folder, options, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -297,21 +278,10 @@ def note_on(name, scores, capsys, *options):
 def test_what_looks_like_something_else_gets_a_note(folder, capsys):
     p = np.random.default_rng(0).dirichlet([1, 1, 1], (H, W)).astype(np.float32)
     assert "probabilities; if so, --probabilities is missing" in note_on("p.npy", p, capsys)
-    assert "energies, -log p" in note_on("energies.npy", -np.log(p), capsys)
     assert note_on("scores.npy", np.log(p), capsys) == ""
     assert note_on("p.npy", p, capsys, "--probabilities") == ""
-    onehot = np.eye(3, dtype=np.float32)[TRUTH]
-    assert "one-hot" in note_on("onehot.npy", onehot, capsys, "--probabilities")
     grey = np.arange(H * W, dtype=np.uint8).reshape(H, W)
     assert "soft mask" in note_on("soft.png", grey, capsys)
-
-
-def test_why_there_is_no_gpu_is_said_once(folder, capsys, monkeypatch):
-    monkeypatch.setattr(refine, "gpu_failure", lambda: "CUDARuntimeError: no driver")
-    main(["photo.png", "scores.npy", "out.png", *CRF])
-    assert capsys.readouterr().out.count("on the cpu, as CUDARuntimeError: no driver") == 1
-    main(["photo.png", "scores.npy", "out.png", *CRF, "--device", "cpu"])
-    assert "driver" not in capsys.readouterr().out
 
 
 def test_the_command_of_the_readme_finds_the_cat(tmp_path):
@@ -334,4 +304,4 @@ def test_parameters_of_a_saved_crf_and_matrices_for_their_labels_alone(folder, c
     assert np.array_equal(rgb("out.png"), rgb("same.png"))
     np.save("three.npy", np.zeros((H, W, 3), np.float32))
     assert main(["photo.png", "three.npy", "out.png", "--parameters", "crf.npz"]) == 2
-    assert "found compatibilities of 2 labels, expected 3" in capsys.readouterr().err
+    assert "found shape (12, 20, 3), expected (..., ..., 2)" in capsys.readouterr().err

@@ -1,27 +1,39 @@
 """What the programs ask about a GPU: whether it works, its memory, its rounding."""
-import functools
 import os
 
 from .. import arrays
 from ..arrays import sparse_module
 
 
+def choose_device(wanted):
+    """"cpu" or "gpu" for --device cpu, gpu or auto: a GPU where there is one.
+
+    Raises ValueError where a GPU is wanted and none works.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    failure = gpu_failure()
+    if not failure:
+        return "gpu"
+    if wanted == "gpu":
+        raise ValueError(f"--device: found gpu, but {failure}; expected cpu or auto")
+    if arrays.cupy:                      # somebody wants to use it
+        print(f"--device auto: on the cpu, as {failure}")
+    return "cpu"
+
+
 def gpu_available():
-    """Whether cupy is installed and finds a GPU on which it works."""
-    return arrays.cupy is not None and not gpu_failure()
+    return not gpu_failure()
 
 
 def gpu_failure():
-    """Why cupy cannot use a GPU, in one line; "" if it can, and where cupy is not installed."""
-    return _failure(arrays.cupy) if arrays.cupy else ""
-
-
-@functools.cache
-def _failure(cupy):
-    """Tries each kind of work once, as cupy imports without driver and libraries, too."""
-    try:
-        x = cupy.ones((2, 2))            # float64: for float32 CuPy would settle TF32 already
-        one = sparse_module(x).csr_matrix((x[0], cupy.arange(2), cupy.arange(3)), shape=(2, 2))
+    """Why no GPU can be used, in one line; "" where one works."""
+    if arrays.cupy is None:
+        return "cupy is not installed"
+    try:                                 # cupy imports without driver and libraries, too
+        x = arrays.cupy.ones((2, 2))     # float64: for float32 CuPy would settle TF32 already
+        place = arrays.cupy.arange(2), arrays.cupy.arange(3)
+        one = sparse_module(x).csr_matrix((x[0], *place), shape=(2, 2))
         float((one @ x + x @ x).sum())
         return ""
     except Exception as error:           # of any of CUDA's libraries
@@ -37,5 +49,5 @@ def use_tf32(allowed):
 
 
 def peak_memory():
-    """The most bytes that CuPy has held on the GPU, as its pool keeps them; 0 without a GPU."""
-    return arrays.cupy.get_default_memory_pool().total_bytes() if gpu_available() else 0
+    """The most bytes that CuPy has held on the GPU, as its pool keeps them."""
+    return arrays.cupy.get_default_memory_pool().total_bytes()

@@ -24,15 +24,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
 
 
-def number(expected, accept, kind=float):
-    """An argparse type for finite numbers that accept(number) takes; expected: them in words."""
+def number(least, most, kind=float):
+    """An argparse type for numbers in a range."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value < float("inf") and accept(value)):
-            raise argparse.ArgumentTypeError(f"found {text[:99]!r}, expected {expected}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"found {text[:99]!r}, expected a {'whole ' * (kind is int)}number from {least:g} "
+                f"to {most:g}")
         return value
     return parse
 
@@ -44,8 +46,7 @@ def path(text):
     return text
 
 
-WEIGHT = number("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)           # of a kernel
-WIDTH = number("a number from 0.001 to 1e6", lambda x: 0.001 <= x <= 1e6)
+WEIGHT, WIDTH = number(0, 1e6), number(0.001, 1e6)                           # of a kernel
 
 
 def run_program(name, function, *arguments, too_little=None):
@@ -56,13 +57,11 @@ def run_program(name, function, *arguments, too_little=None):
     """
     for stream in (sys.stdout, sys.stderr):        # file names may hold what cannot be printed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)   # logs tell at once
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+    for each in SIGNALS:
+        signal.signal(each, signal.default_int_handler)
     code = 2
     try:
-        code = function(*arguments)
-        sys.stdout.flush()
-        return code
+        return function(*arguments)
     except KeyboardInterrupt:
         error, code = "stopped; what was written before is kept", 130
     except BrokenPipeError:
@@ -74,8 +73,6 @@ def run_program(name, function, *arguments, too_little=None):
         error = too_little or f"found too little memory ({raised})"
     except (ValueError, OSError, FloatingPointError) as raised:
         error = raised
-        if isinstance(raised, OSError) and raised.filename:      # as the system says it
-            error = f"{raised.filename}: found {raised.strerror}, expected a file to read or write"
     print(f"{name}: {error}", file=sys.stderr)
     return code
 
@@ -84,12 +81,12 @@ def run_program(name, function, *arguments, too_little=None):
 def undisturbed():
     """Ctrl-C and SIGTERM wait until the block is done."""
     waiting = []
-    before = {number: signal.signal(number, lambda *_: waiting.append(True)) for number in SIGNALS}
+    before = {each: signal.signal(each, lambda *_: waiting.append(True)) for each in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if waiting:
         raise KeyboardInterrupt
 
@@ -101,21 +98,16 @@ def locked(folder):
     The lock ends with the process, however that ends.  What killed runs were writing is removed.
     Raises OSError if another run is at work there, or nothing can be written into the folder.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "lock"), "a")
-    except OSError as error:
-        raise OSError(f"--out: found {folder} ({error.strerror}), expected a folder to write "
-                      "into") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"--out: found another run at work in {folder}; expected another folder, or "
-                      "to wait until it ends") from None
-    except OSError:                                # a file system without locks
-        pass
-    with file:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"--out: found another run at work in {folder}; expected another "
+                          "folder, or to wait until it ends") from None
+        except OSError:                            # a file system without locks
+            pass
         for place in ("", "panels"):
             for left in glob.glob(os.path.join(glob.escape(folder), place, ".minicrf-*")):
                 shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)

@@ -456,8 +456,8 @@ def shares(step, args):
 def main():
     args = parse_arguments()
     if args.device == "gpu" and not gpu.gpu_available():
-        print("benchmark.py: --device: found gpu, but "
-              f"{gpu.gpu_failure() or 'cupy is not installed'}; expected cpu", file=sys.stderr)
+        print(f"benchmark.py: --device: found gpu, but {gpu.gpu_failure()}; expected cpu",
+              file=sys.stderr)
         sys.exit(2)
     prepare(args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
