@@ -44,7 +44,7 @@ PASSES = {
     "kernels.GaussianKernel.backward": (gradcheck.check_kernels, ".*: d(W|log_sigma)", [
         ("- 2 * self._crosses", "+ 2 * self._crosses"),
         ("+ K_F2)", ")"),
-        ("(both + same)", "both")]),
+        ("(sums + diagonal)", "sums")]),
     "kernels.GaussianKernel._sums": (gradcheck.check_kernels, "GaussianKernel, .*: dlog_sigma", [
         ("reward(a_i, K_b, W) + ", ""),
         (" + reward(K_a, b_i, W)", "")]),
@@ -65,7 +65,7 @@ PASSES = {
         ("dz, *A)", "dz)"),
         ("add_messages(c * dz", "add_messages(0 * dz"),
         ("add_messages(c * dz, messages, W)", "2 * c * dz - add_messages(c * dz, messages, W)"),
-        ("dz = rowwise(through, dq, dq, steps[t - 1])", "dz = dq")]),
+        ("dz = rowwise(through, dq, dq, q[t - 1])", "dz = dq")]),
     "learning.crf_gradients": (gradcheck.check_model, "joint training step", [
         ("loss, crf.backward_logits(dz), crf.grads",
          "loss, (crf.backward_logits(dz), dz)[1], crf.grads"),
