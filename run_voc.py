@@ -314,9 +314,16 @@ def search_parameters(args, data, device):
     """Stage search: figures of a CRF whose parameters were chosen by IoU; returns their name."""
     start = args.weights or os.path.join(args.out, "unary.npz")
     model, _, _ = checkpoints.load_model(start, data.classes, device)
-    counts = evaluation.cross_fitted(
-        model, data, lambda: start_crf(args, len(data.classes), "search"))
-    reports.write(args.out, "searched", {"ids": data.val, "classes": data.classes, **counts})
+    with open(start, "rb") as file:
+        settings = zlib.crc32(repr((args.w, args.sigma_position, args.sigma_bilateral, args.labels,
+                                    data.train, data.val, zlib.crc32(file.read()))).encode())
+    if args.resume and reports.counts(args.out, "searched").get("settings") == settings:
+        print("searched: done before, nothing to resume")
+    else:
+        counts = evaluation.cross_fitted(
+            model, data, lambda: start_crf(args, len(data.classes), "search"))
+        reports.write(args.out, "searched", {"ids": data.val, "classes": data.classes,
+                                             "settings": settings, **counts})
     return "searched"
 
 

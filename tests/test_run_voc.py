@@ -324,12 +324,18 @@ def test_other_crfs_train_resume_and_predict(trained, toy_set, tmp_path, capsys,
                          "--image", str(photograph), "--out", str(tmp_path)]) == 0
 
 
-def test_search_is_a_column(trained, tmp_path, toy_set):
-    start = str(trained / "unary.npz")
-    assert run_voc.main(options(toy_set, tmp_path, "--stage", "search", "--weights", start)) == 0
+def test_search_is_a_column_and_is_not_done_twice(trained, tmp_path, toy_set, capsys, monkeypatch):
+    search = options(toy_set, tmp_path, "--stage", "search", "--weights", str(trained / "unary.npz"))
+    assert run_voc.main(search) == 0
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["searched"]
     assert "searched against searched without CRF" in (tmp_path / "table.txt").read_text()
     assert reports.counts(tmp_path, "searched")["crf"].shape == (2, 6, 6)
+
+    monkeypatch.setattr(evaluation, "cross_fitted", lambda *_: pytest.fail("searched again"))
+    assert run_voc.main([*search, "--resume"]) == 0
+    assert "done before" in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception):           # other settings: not the same figures
+        run_voc.main([*search, "--resume", "--w", "2", "4"])
 
 
 def test_no_image_is_measured_with_parameters_that_its_labels_helped_to_choose(tmp_path):
