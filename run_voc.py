@@ -24,7 +24,7 @@ from minicrf.programs.program import (WEIGHT, WIDTH, Parser, locked, number, pat
 from minicrf.results import checkpoints, evaluation, figures, logs, reports
 
 # The paper peaks near 4000 unary iterations and 20 joint ones; its joint rates it leaves open.
-# Joint training starts at weights under those that are best with nothing learned.
+# Joint training starts at weights under the best of an untrained CRF.
 def by_stage(unary, joint, piecewise):
     return {"unary": unary, "joint": joint, "local": joint, "piecewise": piecewise}
 
@@ -235,7 +235,7 @@ def begin(args, data, stage, device):
 def train(args, data, stage, device):
     """Train one stage to its end; returns the model.  Whatever ends it early, its state is saved.
 
-    The joint curve starts with iteration 0: the CRF with nothing learned.
+    The joint curve starts with iteration 0: the untrained CRF.
     """
     model, optimiser, info = begin(args, data, stage, device)
     start, end, every = info["iteration"], args.iterations[stage], args.evaluate_every[stage]

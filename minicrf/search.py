@@ -24,7 +24,7 @@ def search(crf, samples, grid=None, finer=True):
     grid: {name: values}: "w_KERNEL", numbers, and "sigma_KERNEL", widths, or for the bilateral
         kernel pairs (pixels, colour); parameters without an entry stay as they are.  The default
         is over the bilateral kernel.
-    finer: go on around the best point.
+    finer: search once more, around the best point.
 
     Returns ({name: value} of the best point, [({name: value}, counts (I, L, L))] of all points):
     counts of each sample's pixels, by true label and by label found, for `cross_fitted`.

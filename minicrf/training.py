@@ -89,8 +89,8 @@ def image_gradients(model, scores, image, truth, share):
     """Steps 2 and 3 of Fig. 3 for one image of a batch, and the upsampling around them.
 
     scores: (L, h, w), on the device; the rest as in `accumulate_gradients`.  Returns the loss times
-    share, its gradient by the scores, and a dict of those by the CRF's parameters.  The layer is a
-    copy, so that images can be worked on side by side.
+    share, its gradient with respect to the scores, and a dict of those with respect to the CRF's
+    parameters.  The layer is a copy, so that images can be worked on side by side.
     """
     upsample = copy.copy(model.net.upsample)
     f = upsample.forward(scores, truth.shape, train=True)                # (H, W, L)

@@ -88,7 +88,7 @@ def test_resume_leaves_a_finished_stage_and_goes_on_with_the_next(trained, toy_s
 def test_resume_refuses_other_settings(copy, toy_set, tmp_path, capsys, stage, changed, found):
     before = contents(copy)
     assert run_voc.main(options(toy_set, copy, "--stage", stage, "--resume", *changed.split())) == 2
-    assert_one_line(capsys, f"{stage}.npz: found a run with {found}: --resume goes on with")
+    assert_one_line(capsys, f"{stage}.npz: found a run with {found}: --resume needs the same")
     assert contents(copy) == before
 
 

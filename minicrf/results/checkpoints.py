@@ -87,7 +87,7 @@ def resume(path, classes, device, settings):
     for name, value in info["settings"].items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: found a run with {name} {value}, expected "
-                             f"{settings[name]}: --resume goes on with the same settings")
+                             f"{settings[name]}: --resume needs the same settings")
     return model, arrays, info
 
 

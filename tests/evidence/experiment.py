@@ -44,7 +44,7 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("voc", metavar="drawn|PATH/TO/VOC2012", help="the folder that holds JPEGImages")
     add("--sbd", metavar="DIR", help="more training images, as for run_voc.py")
-    add("--weights", metavar="FILE", help="ImageNet weights, or a unary checkpoint to go on from")
+    add("--weights", metavar="FILE", help="ImageNet weights, or a unary checkpoint to start from")
     add("--out", default="runs/experiment", metavar="DIR", help="a folder SEED in it for each seed")
     add("--net", metavar="NET", help="(default: largefov; drawn: tiny)")
     add("--device", default="auto")
