@@ -132,22 +132,24 @@ class FeatureCRF:
         def z_of(f, q, *messages):               # of a block of rows
             return add_messages(f + c * q if c else f.copy(), messages, W)
 
-        z, steps = f, []
+        def q_of(f, q, *messages):
+            return marginals(z_of(f, q, *messages), c)
+
+        steps = []
         q = rowwise(lambda f: marginals(f, 0), xp.empty_like(f), f)          # q^0 = softmax(f)
-        for t in range(1, self.iterations + 1):
+        for _ in range(self.iterations):
             if train:
                 steps.append(q)
-            # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+            # z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1);  q^t = marginals(z^t)
             messages = filtered(kernels, q)
-            z = rowwise(z_of, xp.empty_like(f), f, q, *messages)
-            kept = train and t == self.iterations                            # z^T, for the loss
-            q = rowwise(lambda z: marginals(z, c), xp.empty_like(z) if kept else z, z)
+            q = rowwise(q_of, xp.empty_like(f), f, q, *messages)
 
         if not bool(abs(q.sum()) < np.inf):                                  # NaN compares as false
             raise ValueError(f"w: found {self.params['w'].tolist()}, too large for marginals in "
                              f"{f.dtype}; expected smaller weights")
-        if train:
-            logits = z - c * q if c and steps else z                     # log q^T + lambda
+        if train:                                                            # z^T, for the loss
+            z = rowwise(z_of, xp.empty_like(f), f, steps[-1], *messages) if steps else f
+            logits = z - c * q if c and steps else z                         # log q^T + lambda
             self.state = State(kernels, W, c, steps, logits.reshape(scores.shape))
         return q.reshape(scores.shape)                                       # (*S, L)
 
@@ -184,18 +186,18 @@ class FeatureCRF:
         kernels, W, c, q, _ = state
         xp, A, K_A = array_module(dz), [], []                    # dz^t, and all K_m^T dz^t
 
-        def dq_of(dz, *messages):                # of a block of rows
-            return add_messages(c * dz, messages, W)
+        def turn_back(dz, q, *messages, c_q):    # of a block of rows
+            # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1),  W_m^T = W_m
+            dq = add_messages(c * dz, messages, W)
+            # forward: q^(t-1) = marginals(z^(t-1))
+            return through_marginals(dq, q, c_q)
 
-        for t in range(len(q), 0, -1):                           # W_m^T = W_m
-            # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1)
+        for t in range(len(q), 0, -1):
             messages = filtered_back(kernels, dz)
-            dq = rowwise(dq_of, xp.empty_like(dz), dz, *messages)
             A.append(dz)
             K_A.append(messages)
-            # forward: q^(t-1) = marginals(z^(t-1)), undamped for t = 1
-            through = functools.partial(through_marginals, c=c if t > 1 else 0)
-            dz = rowwise(through, dq, dq, q[t - 1])
+            update = functools.partial(turn_back, c_q=c if t > 1 else 0)     # q^0 is not damped
+            dz = rowwise(update, xp.empty_like(dz), dz, q[t - 1], *messages)
 
         # forward: f enters each z^t, and z^0 = f
         df = rowwise(lambda *all_dz: sum(all_dz), xp.empty_like(dz), dz, *A)

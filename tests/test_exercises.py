@@ -65,7 +65,7 @@ PASSES = {
         ("dz, *A)", "dz)"),
         ("add_messages(c * dz", "add_messages(0 * dz"),
         ("add_messages(c * dz, messages, W)", "2 * c * dz - add_messages(c * dz, messages, W)"),
-        ("dz = rowwise(through, dq, dq, q[t - 1])", "dz = dq")]),
+        ("through_marginals(dq, q, c_q)", "dq")]),
     "learning.crf_gradients": (gradcheck.check_model, "joint training step", [
         ("loss, crf.backward_logits(dz), crf.grads",
          "loss, (crf.backward_logits(dz), dz)[1], crf.grads"),
