@@ -299,11 +299,11 @@ def measure_checkpoints(args, data, device):
     After unary training also with an untrained CRF.
     """
     there = checkpoints.present(args.out)
-    for path in [args.weights] if args.weights else [*there.values()]:
-        model, _, info = checkpoints.load_model(path, data.classes, device)
+    for start in [args.weights] if args.weights else [*there.values()]:
+        model, _, info = checkpoints.load_model(start, data.classes, device)
         stage = info["stage"]
-        if not os.path.samefile(there.setdefault(stage, path), path):
-            raise ValueError(f"{path}: found a checkpoint of stage {stage}, whose results would "
+        if not os.path.samefile(there.setdefault(stage, start), start):
+            raise ValueError(f"{start}: found a checkpoint of stage {stage}, whose results would "
                              f"replace those of another in {args.out}; expected another --out")
         model.crf = model.crf or start_crf(args, len(data.classes), stage)
         reports.measure(args.out, data, stage, model, args.train_list)

@@ -47,7 +47,7 @@ def test_cmyk_and_palette_are_converted(tmp_path, gradient):
 
 def test_the_orientation_tag_is_respected(tmp_path, gradient):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                     # turn by 90 degrees, clockwise
+    exif[0x0112] = 6                                         # turn by 90 degrees, clockwise
     found = read_back(tmp_path, Image.fromarray(gradient), "a.png", exif=exif)
     assert np.array_equal(found, np.rot90(gradient, -1))
 

@@ -325,7 +325,8 @@ def test_other_crfs_train_resume_and_predict(trained, toy_set, tmp_path, capsys,
 
 
 def test_search_is_a_column_and_is_not_done_twice(trained, tmp_path, toy_set, capsys, monkeypatch):
-    search = options(toy_set, tmp_path, "--stage", "search", "--weights", str(trained / "unary.npz"))
+    start = str(trained / "unary.npz")
+    search = options(toy_set, tmp_path, "--stage", "search", "--weights", start)
     assert run_voc.main(search) == 0
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["searched"]
     assert "searched against searched without CRF" in (tmp_path / "table.txt").read_text()

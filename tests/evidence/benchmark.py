@@ -8,7 +8,6 @@ What a row compares runs in turn in one process, A B A B.  It gives the median o
 brackets, the median over the rounds of ours / theirs.  Memory is that of a process of its own.
 """
 import argparse
-import collections
 import contextlib
 import importlib
 import multiprocessing
@@ -387,7 +386,8 @@ def show_piece(name, layer, size, args):
                for _ in range(args.batch_size)]
 
     def multiply():
-        arrays.for_each(lambda y: xp.matmul(matrix, columns, out=y), results, columns, products=True)
+        arrays.for_each(lambda y: xp.matmul(matrix, columns, out=y), results, columns,
+                        products=True)
 
     functions = {"ours": lambda: layer.forward(x), "matrix product": multiply}
     if torch:

@@ -3,8 +3,8 @@
     python tests/evidence/experiment.py drawn --seeds 0 1 2 3 4
     python tests/evidence/experiment.py PATH/TO/VOC2012 --sbd PATH/TO/SBD --weights vgg16_conv.npz
 
-Trains unary; then, all from that checkpoint, unary again (the control), piecewise (from the control,
-too), joint and, slowest and last, local; searches for the CRF of the control and of the joint
+Trains unary; then, all from that checkpoint, unary again (the control), piecewise (from the
+control, too), joint and, slowest and last, local; searches for the CRF of the control and of the joint
 network by IoU; measures all of them on the whole validation list, and prints the differences that
 matter, over all seeds.  `drawn`: 2,400 drawn images to train on, 400 to measure on, others for each
 seed.  --labels scribbles or clicks: trains on those of the drawn images alone; then without

@@ -1,6 +1,6 @@
 """The unary network beside its twin in PyTorch, trained alike: losses and mean IoU side by side.
 
-    python tests/evidence/twin.py PATH/TO/VOC2012 --net tiny --batch-size 16 --rate 2 --iterations 200
+    python tests/evidence/twin.py PATH/TO/VOC2012 --net tiny --batch-size 16 --iterations 200
 
 Both start from the same numbers and see the same batches; the twin has PyTorch's convolutions,
 pools, bilinear upsampling, cross entropy, automatic differentiation and SGD.  Rounding apart, they
