@@ -49,7 +49,8 @@ def test_an_iteration_that_waits_for_its_evaluation_is_known(tmp_path):
 
 @pytest.mark.parametrize("line, change", [
     (2, lambda text: "a,b\n1,2\n"), (2, lambda text: text.replace("joint,1", "joint,one")),
-    (4, lambda text: text[:-30]), (0, lambda text: "\xff\n")])
+    (2, lambda text: text.replace("miou,", "iou,")), (4, lambda text: text[:-30]),
+    (0, lambda text: "\xff\n")])
 def test_a_line_that_is_none_of_a_log_is_named_and_nothing_lost(tmp_path, line, change):
     path = tmp_path / "log.csv"
     written(path)

@@ -184,6 +184,7 @@ BAD = {
     "photo.png scores.npy photo.png": "photo.png: the result needs",
     "photo.png scores.npy nowhere/out.png": "nowhere/out.png: could not be",
     "photo.png scores.npy folder.png": "folder.png: could not be",
+    "photo.png scores.npy out.png --unknown black": "--unknown: is for label pictures",
 }
 
 
@@ -279,6 +280,7 @@ def test_what_looks_like_something_else_gets_a_note(folder, capsys):
     p = np.random.default_rng(0).dirichlet([1, 1, 1], (H, W)).astype(np.float32)
     assert "probabilities; if so, --probabilities is missing" in note_on("p.npy", p, capsys)
     assert note_on("scores.npy", np.log(p), capsys) == ""
+    assert "energies" in note_on("energies.npy", -np.log(p), capsys)
     assert note_on("p.npy", p, capsys, "--probabilities") == ""
     grey = np.arange(H * W, dtype=np.uint8).reshape(H, W)
     assert "soft mask" in note_on("soft.png", grey, capsys)

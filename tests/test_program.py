@@ -24,7 +24,7 @@ def test_a_number_out_of_range_is_named_shortened(kind, text):
     (None, 0, ""), (ValueError("a.png: found x"), 2, "a.png: found x"),
     (FloatingPointError("found loss nan"), 2, "found loss nan"),
     (MemoryError("8 EiB"), 2, "found too little memory (8 EiB)"),
-    (PermissionError(13, "Permission denied", "a.png"), 2, "[Errno 13] Permission denied: 'a.png'"),
+    (PermissionError(13, "Permission denied", "a.png"), 2, "a.png: Permission denied"),
     (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "found too little memory (CUBLAS_STATUS"),
     (RuntimeError("CUSPARSE_STATUS_INSUFFICIENT_RESOURCES"), 2, "found too little memory (CUSP"),
     (KeyboardInterrupt(), 130, "stopped")])

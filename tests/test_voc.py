@@ -68,6 +68,9 @@ def test_class_names_are_vocs_or_those_of_classes_txt(root):
         write_list(root, "classes", wrong)
         with pytest.raises(ValueError, match=f"classes.txt: found {len(wrong)} names, "):
             voc.class_names(root)
+    (root / voc.LISTS / "classes.txt").rename(root / "classes.txt")
+    with pytest.raises(ValueError, match="VOC2012/classes.txt: found class names here, expected"):
+        voc.class_names(root)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n", " \t\n", "\r\r\n"])

@@ -34,6 +34,9 @@ def class_names(root):
     root: the folder that holds JPEGImages.  classes.txt lies beside the lists, one name a line.
     """
     path = pathlib.Path(root) / LISTS / "classes.txt"
+    for wrong in (path.parents[1] / path.name, path.parents[2] / path.name):
+        if wrong.exists():
+            raise ValueError(f"{wrong}: found class names here, expected them at {path}")
     if not path.exists():
         return list(CLASS_NAMES)
     names = _lines(path)
@@ -134,6 +137,9 @@ def _lines(path):
     """The lines of a text file, stripped, none empty; any line endings, with or without BOM."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: found no such list of names; --voc is the folder that "
+                                "holds JPEGImages, .../VOCdevkit/VOC2012") from None
     except UnicodeDecodeError:               # such as the UTF-16 of a Windows shell
         lines = []
     lines = [line.strip() for line in lines if line.strip()]
@@ -153,5 +159,8 @@ def _sbd_labels(sbd):
 
 
 def _first(paths):
-    """The first file that is there; where none is, the first, for its reader to miss."""
-    return next(filter(os.path.exists, paths), paths[0])
+    """The first of some files that is there."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{' and '.join(map(str, paths))}: found no such file")

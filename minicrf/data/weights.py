@@ -31,8 +31,9 @@ def read_weights(path):
     except Exception as error:                # broken files raise a dozen kinds
         why = reason(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: no weights of a 16-layer VGG net in it ({why})") from None
-    weights.pop("info", None)                 # of a checkpoint
-    weights = {"mean": np.array(MEAN), "scale": np.array(1.0), **weights}
+    defaults = {"mean": np.array(MEAN), "scale": np.array(1.0)}
+    weights = defaults | {key: array for key, array in weights.items()   # a checkpoint has more
+                          if key[-2:] in ("_w", "_b") or key in defaults}
     check_numbers(path, weights)
     return weights
 
@@ -76,9 +77,10 @@ def read_safetensors(path):
     header = json.loads(content[8:start].tobytes())
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        raw = content[start + begin:start + end].tobytes()
-        tensors[name] = np.frombuffer(raw, types[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] in types:          # others are no weights
+            begin, end = entry["data_offsets"]
+            raw = content[start + begin:start + end].tobytes()
+            tensors[name] = np.frombuffer(raw, types[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 

@@ -73,6 +73,8 @@ def run_program(name, function, *arguments, too_little=None):
         error = too_little or f"found too little memory ({raised})"
     except (ValueError, OSError, FloatingPointError) as raised:
         error = raised
+        if isinstance(raised, OSError) and raised.filename:      # as the system says it
+            error = f"{raised.filename}: {raised.strerror}"
     print(f"{name}: {error}", file=sys.stderr)
     return code
 

@@ -99,7 +99,7 @@ def read_array(path, size):
     """An .npy file, or a grey picture as numbers from 0 to 1: (H, W, L); (H, W) has one channel."""
     if path.lower().endswith(".npy"):
         try:
-            values = np.load(path)
+            values = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:      # NumPy raises half a dozen kinds for broken files
             raise ValueError(f"{path}: not a readable .npy file ({reason(error)})") from None
     else:
@@ -124,8 +124,10 @@ def scores_of(path, values, size, probabilities):
     if not (0 <= low <= high <= 1.001 if probabilities else high < np.inf):   # NaN is neither
         raise ValueError(f"{path}: found values from {low:g} to {high:g}, expected "
                          + ("probabilities, 0 to 1" if probabilities else "finite scores"))
-    if not probabilities and low >= 0 and abs(values.sum(axis=2) - 1).max() < 0.01:
-        note(path, "these look like probabilities; if so, --probabilities is missing")
+    for p, advice in ((values, "probabilities; if so, --probabilities is missing"),
+                      (np.exp(-values), "energies, -log p; if so, scores are their negative")):
+        if not probabilities and low >= 0 and abs(p.sum(axis=2) - 1).max() < 0.01:
+            note(path, f"these look like {advice}")
     if L == 1:
         values = np.concatenate([1 - values.clip(0, 1), values], axis=2)
     if h < H and w < W:
@@ -179,6 +181,8 @@ def read_scores(args, path, size):
     """(scores (H, W, L), labels (H, W) before the CRF, their names if any, paint)."""
     is_array = path.lower().endswith(".npy")
     if is_array or args.probabilities:
+        if args.unknown is not None:
+            raise ValueError("--unknown: is for label pictures, whose colours are the labels")
         scores = scores_of(path, read_array(path, size), size, args.probabilities)
         paint = voc.paint if is_array else lambda labels: Image.fromarray(labels * np.uint8(255))
         return scores, scores.argmax(axis=2), [], paint
@@ -212,6 +216,8 @@ def refine(args):
     if not os.path.isdir(args.image):
         refine_one(args, args.image, args.scores, args.out)
         return 0
+    if not os.path.isdir(args.scores):
+        raise ValueError(f"{args.scores}: not a folder, though {args.image} is one")
     os.makedirs(args.out, exist_ok=True)
     code = 0
     for image in tqdm(pictures.find_photographs(args.image), "refine", unit="image", disable=None):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from .. import metrics
-from ..arrays import to_device
+from ..arrays import out_of_memory, to_device
 from ..data import pictures, voc
 from ..inputs import VOID
 from ..search import search
@@ -94,10 +94,10 @@ def label_photographs(checkpoint, path, folder, device):
             name = os.path.join(folder, os.path.basename(each))
             voc.save_labels(f"{name}.labels.png", labels)
             pictures.save_png(f"{name}.overlay.png", figures.overlay(image, labels))
-        except (ValueError, OSError) as error:
-            if not os.path.isdir(path):
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if not os.path.isdir(path) or type(error) is RuntimeError and not out_of_memory(error):
                 raise
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {error or f'{each}: too little memory'}", file=sys.stderr)
             skipped += 1
             continue
         share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size

@@ -50,13 +50,13 @@ def read_log(path):
     rows = []
     if not os.path.exists(path):
         return rows
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file)
         try:
             for row in lines:
                 int(row["iteration"])
-                if None in row.values():
-                    raise ValueError("cut off")
+                if None in row.values() or not {*COLUMNS} <= row.keys():
+                    raise ValueError("columns are missing")
                 rows.append(row)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: line {lines.line_num} is not one of a log ({error}); move "

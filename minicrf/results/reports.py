@@ -147,7 +147,7 @@ def panels(out, stage, paths, data, device):
         return dict(image=image, labels=labels, name=data.val[i], predictions=found)
 
     score = metrics.mean_iou(read[columns(stage)[stage]])                # (images,)
-    order = np.argsort(-score)
+    order = np.argsort(-score)[:np.isfinite(score).sum()]                # NaN, all void, is last
     os.makedirs(os.path.join(out, "panels"), exist_ok=True)
     for name, indices in (("best", order[:4]), ("worst", order[::-1][:4])):
         figures.panel(os.path.join(out, "panels", f"{name}.png"), [row(i) for i in indices],
