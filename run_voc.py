@@ -374,7 +374,7 @@ def train_or_measure(args, device):
 
 def main(arguments=None):
     return run_program("run_voc.py", run, parse_arguments(arguments), too_little=(
-        "found too little memory; try --device cpu or, to train, --micro-batch 1 or --net largefov"))
+        "found too little memory; try --device cpu or, to train, --micro-batch 1, --net largefov"))
 
 
 if __name__ == "__main__":
