@@ -130,7 +130,7 @@ class FeatureCRF:
         W = self._compatibility(f)
 
         def z_of(f, q, *messages):               # of a block of rows
-            return add_messages(f + c * q if c else f.copy(), messages, W)
+            return add_messages(f + c * q if c else f, messages, W)
 
         def q_of(f, q, *messages):
             return marginals(z_of(f, q, *messages), c)
@@ -188,7 +188,7 @@ class FeatureCRF:
 
         def turn_back(dz, q, *messages, c_q):    # of a block of rows
             # forward: z^t = f + sum_m K_m q^(t-1) W_m + c q^(t-1),  W_m^T = W_m
-            dq = add_messages(c * dz, messages, W)
+            dq = add_messages(c * dz if c else 0, messages, W)
             # forward: q^(t-1) = marginals(z^(t-1))
             return through_marginals(dq, q, c_q)
 
@@ -303,9 +303,9 @@ def filtered_back(kernels, dz):
 
 
 def add_messages(z, messages, W):
-    """z + sum_m (K_m q) W_m, in place, for a block of rows: z and each of M messages (rows, L)."""
+    """z + sum_m (K_m q) W_m, for a block of rows: z and each of M messages (rows, L)."""
     for K_q, W_m in zip(messages, W):
-        z += compatible(K_q, W_m)
+        z = z + compatible(K_q, W_m)
     return z
 
 

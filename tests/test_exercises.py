@@ -63,8 +63,9 @@ PASSES = {
         ("if state.c and state.steps", "if False")]),
     "meanfield.FeatureCRF._back_track": (gradcheck.check_crf, "DenseCRF", [
         ("dz, *A)", "dz)"),
-        ("add_messages(c * dz", "add_messages(0 * dz"),
-        ("add_messages(c * dz, messages, W)", "2 * c * dz - add_messages(c * dz, messages, W)"),
+        ("c * dz if c else 0", "0"),
+        ("add_messages(c * dz if c else 0, messages, W)",
+         "2 * c * dz - add_messages(c * dz, messages, W)"),
         ("through_marginals(dq, q, c_q)", "dq")]),
     "learning.crf_gradients": (gradcheck.check_model, "joint training step", [
         ("loss, crf.backward_logits(dz), crf.grads",

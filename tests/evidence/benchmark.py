@@ -238,8 +238,9 @@ def show_kernels(args, example):
     scores, image = example
     H, W, L = scores.shape
     y, x = np.mgrid[:H, :W].astype(np.float32)
-    position = np.stack([x.ravel(), y.ravel()])                                  # (2, N)
-    bilateral = np.concatenate([position, image.reshape(-1, 3).T.astype(np.float32)])    # (5, N)
+    position = np.stack([x.ravel(), y.ravel()], axis=1)                          # (N, 2)
+    colour = image.reshape(-1, 3).astype(np.float32)                             # (N, 3)
+    bilateral = np.concatenate([position, colour], axis=1)                       # (N, 5)
     values = arrays.to_device(scores.reshape(-1, L), args.device)
     for name, features, sigma in (("position", position, (3, 3)),
                                   ("bilateral", bilateral, (80, 80, 13, 13, 13))):
@@ -250,7 +251,7 @@ def show_kernels(args, example):
         show(f"{name} kernel: lattice and normalisation", {
             "ours": lambda: GaussianKernel(features, sigma), "pydensecrf": build}, args)
         show(f"{name} kernel: one filter (*)", {
-            "ours": lambda: kernel.K_hat.filter(values), "pydensecrf": step}, args)
+            "ours": lambda: kernel.K_with_self.filter(values), "pydensecrf": step}, args)
     print("(*) pydensecrf: a mean-field step with that kernel alone, the least that it offers")
 
 
