@@ -197,7 +197,7 @@ def test_a_sound_data_set_is_checked_before_anything_is_written(toy_set, tmp_pat
     (["--stage", "eval", "--weights", "{set}/toy.txt"], "toy.txt"),
     (["--image", "{set}/JPEGImages"], "--image, --stage predict: found only one"),
     (["--also", "{out}/nowhere"], "--also: found no results.json in"),
-    (["--out", "{set}/toy.txt"], "File exists: ")])
+    (["--out", "{set}/toy.txt"], "File exists")])
 def test_bad_options_end_in_one_line_and_exit_code_2(trained, toy_set, tmp_path, capsys, given,
                                                      named):
     given = [option.format(set=toy_set, out=trained) for option in given]
@@ -300,7 +300,7 @@ def test_pictures_with_one_class_or_pixel_in_them_run_to_the_end(tmp_path, capsy
 def test_out_of_memory_names_smaller_settings_to_try(toy_set, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training.Model, "resized", lambda *_: np.empty(2 ** 60, np.uint8))
     assert run_voc.main(options(toy_set, tmp_path)) == 2
-    assert_one_line(capsys, "found too little memory; try --micro-batch 1")
+    assert_one_line(capsys, "found too little memory; try --device cpu")
 
 
 @pytest.mark.parametrize("stage, more", [
