@@ -68,6 +68,23 @@ def test_photographs_of_a_folder_get_labels_of_their_size_and_broken_ones_one_li
             assert share == f"{found:.1f}%", name
 
 
+def test_a_photograph_too_large_for_memory_is_passed_over(checkpoint, tmp_path, capsys,
+                                                          monkeypatch):
+    for name, side in ("a.png", 8), ("b.png", 9):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    real = training.Model.predict
+
+    def scarce(model, image):
+        if len(image) == 8:
+            raise MemoryError
+        return real(model, image)
+
+    monkeypatch.setattr(training.Model, "predict", scarce)
+    predict(checkpoint, tmp_path, tmp_path / "out")
+    assert capsys.readouterr().err == f"skipped: {tmp_path / 'a.png'}: too little memory\n"
+    assert (tmp_path / "out" / "b.png.labels.png").exists()
+
+
 @pytest.mark.parametrize("make, named", [
     (lambda path: path.mkdir(), "photo: found no photographs"),
     (lambda path: path.write_text("text"), "photo: found a file that cannot be read"),

@@ -9,7 +9,7 @@ from PIL import Image
 import run_voc
 from minicrf import DenseCRF, metrics
 from minicrf.data import loading, toy
-from minicrf.results import checkpoints, evaluation, reports
+from minicrf.results import checkpoints, evaluation, figures, reports
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,15 @@ def test_panels_show_what_was_measured(trained, toy_set, tmp_path, capsys):
         assert Image.open(out / "panels" / "best.png").width == 10 + 4 * 270
     assert f"joint against joint ({trained.name})" in (tmp_path / "table.txt").read_text()
     assert "curves.png" not in capsys.readouterr().out       # nothing was trained here
+
+
+def test_an_image_without_a_labelled_pixel_is_neither_best_nor_worst(trained, toy_set, tmp_path,
+                                                                     monkeypatch):
+    out, shown, data = tmp_path / "out", [], loading.DataSet(toy_set)
+    shutil.copytree(trained, out)
+    arrays = dict(reports.counts(out, "unary"))
+    arrays["crf"][0] = arrays["unary"][0] = 0
+    reports.write(out, "unary", arrays)
+    monkeypatch.setattr(figures, "panel", lambda path, rows, *_: shown.extend(rows))
+    reports.panels(out, "unary", checkpoints.present(out), data, "cpu")
+    assert {row["name"] for row in shown} == {*data.val[1:]}

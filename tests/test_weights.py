@@ -282,6 +282,13 @@ def test_files_of_another_kind(ending, content, tmp_path):
     refused(write(tmp_path, ending, content))
 
 
+def test_tensors_of_other_kinds_are_passed_over(theirs, tmp_path):
+    tensors = torchvision_tensors(theirs)
+    more = tensors | {"batches_tracked": np.arange(3, dtype=np.int64)}
+    found = read_weights(write(tmp_path, "safetensors", safetensors(more)))
+    assert found.keys() == {*theirs, "mean", "scale"}
+
+
 @pytest.mark.parametrize("ending", ["npz", "mat", "safetensors"])
 def test_no_file(ending, tmp_path):
     with pytest.raises(ValueError, match="nowhere.* such file"):

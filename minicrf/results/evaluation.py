@@ -97,7 +97,7 @@ def label_photographs(checkpoint, path, folder, device):
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if not os.path.isdir(path) or type(error) is RuntimeError and not out_of_memory(error):
                 raise
-            print(f"skipped: {error or f'{each}: too little memory'}", file=sys.stderr)
+            print(f"skipped: {str(error) or f'{each}: too little memory'}", file=sys.stderr)
             skipped += 1
             continue
         share = np.bincount(labels.ravel(), minlength=len(info["classes"])) / labels.size
