@@ -84,8 +84,8 @@ class GaussianKernel:
 
         in which dK_hat K_hat can stand for dK K: for j != i they are equal.
         """
-        sums = for_each(lambda piece: self._sums(*piece, W), list(zip(A, K_A, B)), A[0])
-        dW, sums, diagonal = (sum(each) for each in zip(*sums))
+        pieces = for_each(lambda piece: self._sums(*piece, W), list(zip(A, K_A, B)), A[0])
+        dW, sums, diagonal = (sum(each) for each in zip(*pieces))
         diagonal = self.kappa[:, 0] * diagonal
 
         # dK = dK_hat / sqrt(n n^T), for j != i, ...

@@ -129,7 +129,7 @@ def _simplices(features, dtype=None):
     weights = xp.empty((d + 1, N), dtype or features.dtype)
 
     def locate(rows):
-        a = _elevate(features[rows].T.astype(dtype_of_a))                       # (d+1, rows)
+        a = _elevate(features[rows].T.astype(dtype_of_a))                    # (d+1, rows)
         n = xp.floor(a)
         remainders = a - n
         ranks[:, rows] = rank = _ranks(remainders)
