@@ -58,7 +58,7 @@ class DenseCRF(FeatureCRF):
                   if f"log_sigma_{name}" in params else None for name in ("position", "bilateral")}
         return cls(w=params["w"], **sigmas, **options)
 
-    def _kernels(self, image, scores):
+    def _kernels(self, image, scores, earlier=None):
         xp, shape = array_module(scores), scores.shape[:-1]
         if len(shape) != self.dimensions:
             raise ValueError(f"scores: found shape {scores.shape}, expected {self.dimensions} "
@@ -70,4 +70,4 @@ class DenseCRF(FeatureCRF):
         position = xp.stack(grid[::-1], axis=-1)                             # (*S, D): x first
         features = {"log_sigma_position": position, "log_sigma_bilateral": xp.concatenate(
             [position, image.astype(scores.dtype)], axis=-1)}                # (*S, D+C)
-        return super()._kernels([features[name] for name in self._widths()], scores)
+        return super()._kernels([features[name] for name in self._widths()], scores, earlier)

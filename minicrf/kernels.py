@@ -34,6 +34,7 @@ class GaussianKernel:
                  dtype=None):
         xp = array_module(features)
         dtype = dtype or features.dtype
+        self.sigma = sigma                                                   # on the host
         sigma = xp.asarray(sigma, dtype=features.dtype)
         # centred, since the moment form subtracts large squares from each other; but not for the
         # lattice: its cells lie where those of other libraries do

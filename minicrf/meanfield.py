@@ -266,18 +266,24 @@ class FeatureCRF:
         w = self.params["w"]
         return array_module(f).asarray(w.astype(f.dtype))
 
-    def _kernels(self, features, scores):
-        """The M GaussianKernels of features, M arrays (*S, d_m), in the dtype of the scores."""
+    def _kernels(self, features, scores, earlier=None):
+        """The M GaussianKernels of features, M arrays (*S, d_m), in the dtype of the scores.
+
+        earlier: those of the same features and scores; where widths are as they were, they stay.
+        """
         names = self._widths()
         if len(features) != len(names):
             raise ValueError(f"features: found {len(features)} arrays, expected {len(names)}, "
                              "one for each kernel")
         kernels = []
-        for name, F in zip(names, features):
+        for name, F, kept in zip(names, features, earlier or [None] * len(names)):
             d = self.params[name].size
             check_array("features", F, (*scores.shape[:-1], d))
             with np.errstate(over="ignore"):     # astray: found when the step is checked
                 sigma = np.exp(self.params[name])
+            if kept and np.array_equal(kept.sigma, sigma):
+                kernels.append(kept)
+                continue
             F = array_module(scores).asarray(F).reshape(-1, d)               # (N, d)
             if F.dtype != scores.dtype:          # large offsets want all of their digits
                 F = F.astype(np.float64)

@@ -3,11 +3,12 @@
 The likelihood of Eq. 6 and the intersection over union need not agree on the best parameters.
 Legend: S the shape of an image, L labels; G points of the grid, I samples.
 """
+import copy
 import itertools
 
 import numpy as np
 
-from .arrays import to_host
+from .arrays import for_each, to_host
 from .inputs import check_labels
 from .metrics import confusion_matrix, mean_iou
 
@@ -70,16 +71,21 @@ def _measure(crf, samples, grid, tqdm):
     for scores, image, labels in tqdm(samples, "search", unit="image", leave=False, disable=None):
         check_labels(labels, scores.shape[:-1], crf.n_labels)
         counts.append([])
+        kernels = None
         for sigma in itertools.product(*widths.values()):
             for name, value in zip(widths, sigma):
                 _set(crf, name, value)
-            kernels = crf._kernels(image, scores)                # for all weights
-            for w in itertools.product(*weights.values()):
+            kernels = crf._kernels(image, scores, kernels)       # for all weights
+
+            def counts_of(w):
+                other = copy.copy(crf)                           # its own, as others go in threads
+                other.params = crf.params | {"w": crf.params["w"].copy()}
                 for name, value in zip(weights, w):
-                    _set(crf, name, value)
-                q = crf._infer(scores, kernels, train=False)
-                counts[-1].append(confusion_matrix(to_host(labels), to_host(q.argmax(axis=-1)),
-                                                   crf.n_labels))
+                    _set(other, name, value)
+                q = other._infer(scores, kernels, train=False)
+                return confusion_matrix(to_host(labels), to_host(q.argmax(axis=-1)), crf.n_labels)
+
+            counts[-1] += for_each(counts_of, list(itertools.product(*weights.values())), scores)
     points = [dict(zip((*widths, *weights), values))
               for values in itertools.product(*widths.values(), *weights.values())]
     return [({name: point[name] for name in grid}, each)

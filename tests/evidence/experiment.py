@@ -20,9 +20,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import run_voc   # noqa: E402, before NumPy: it settles the threads of the matrix library
 import numpy as np   # noqa: E402
 
-import run_voc   # noqa: E402
 from minicrf.data import toy   # noqa: E402
 from minicrf.metrics import mean_iou   # noqa: E402
 
@@ -90,16 +90,12 @@ def commands(args, seed):
                 *(["--weights", args.weights] if args.weights else []))
     yield train("unary", control, further, args.rate,
                 "--weights", os.path.join(out, "unary.npz"))
-    if not args.labels:
-        yield train("piecewise", out, min(60, further), args.rate / 5)
-        yield train("piecewise", control, min(60, further), args.rate / 5)
     yield train("joint", out, further, args.rate)
     yield search(os.path.join(control, "unary.npz"), control)
     if not args.labels:
+        yield train("piecewise", out, min(60, further), args.rate / 5)
+        yield train("piecewise", control, min(60, further), args.rate / 5)
         yield search(os.path.join(out, "joint.npz"), os.path.join(out, "joint_searched"))
-    # once more with the untrained CRF, which files of earlier versions lack
-    yield None, [*common, "--stage", "eval", "--out", control]
-    yield None, [*common, "--stage", "eval", "--out", out, "--also", control]
     if not args.labels:
         yield train("local", out, further, args.rate, "--also", control)
 
