@@ -35,11 +35,7 @@ class GaussianKernel:
         xp = array_module(features)
         dtype = dtype or features.dtype
         self.sigma = sigma                                                   # on the host
-        sigma = xp.asarray(sigma, dtype=features.dtype)
-        # centred, since the moment form subtracts large squares from each other; but not for the
-        # lattice: its cells lie where those of other libraries do
-        self.F = ((features - features.mean(axis=0)) / sigma).astype(dtype)  # (N, d)
-        F = features / sigma
+        self.F = F = features / xp.asarray(sigma, dtype=features.dtype)      # (N, d)
         self.K = ExactFilter(F, dtype) if exact else PermutohedralLattice(F, dtype)
         self.n, self.K_with_self, self.diagonal = None, self.K, self.K.diagonal
         if normalization == "symmetric":
@@ -89,10 +85,12 @@ class GaussianKernel:
         dW, sums, diagonal = (sum(each) for each in zip(*pieces))
         diagonal = self.kappa[:, 0] * diagonal
 
-        # dK = dK_hat / sqrt(n n^T), for j != i, ...
-        F = self.F.astype(np.float64)            # large terms cancel, in narrow kernels
-        # with i = j in both terms, where F_i - F_i = 0: it cancels
-        dlog_sigma = (sums + diagonal) @ F**2 - 2 * self._crosses(A, B, W)
+        # centred, since large squares are subtracted from each other
+        F = (self.F - self.F.mean(axis=0)).astype(A[0].dtype)                # (N, d)
+        crosses = self._crosses(F, A, B, W)
+        # dK = dK_hat / sqrt(n n^T), for j != i, ...  Both terms hold i = j, where F_i - F_i = 0
+        F = F.astype(np.float64)
+        dlog_sigma = (sums + diagonal) @ F**2 - 2 * crosses
         if self.n is not None:
             # ... + dn 1^T, for all j, with dn = -(sums over rows and columns of dK_hat K_hat) / 2n
             dn = (diagonal - sums) / (2 * self.n)                            # (N,): without i = j
@@ -120,13 +118,13 @@ class GaussianKernel:
         dW, sums, diagonal = zip(*for_each(part, blocks(len(a), a), a))
         return sum(dW), xp.concatenate(sums), xp.concatenate(diagonal)
 
-    def _crosses(self, A, B, W):
+    def _crosses(self, F, A, B, W):
         """<F_k A, K_hat F_k B W>, with i = j, for each k: (d,).
 
         As slice is splat^T and W symmetric: <splat(F_k A) W, blur(splat(F_k B))>.
         """
         xp, K = array_module(A[0]), self.K_with_self
-        scaled = for_each(K.scaled, list(self.F.T), self.F)                  # splat: of F_k v
+        scaled = for_each(K.scaled, list(F.T), F)                            # splat: of F_k v
         each = 1 if xp is np else len(scaled)        # a GPU blurs those of all k together
         groups = [scaled[k:k + each] for k in range(0, len(scaled), each)]
 

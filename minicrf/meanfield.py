@@ -275,21 +275,22 @@ class FeatureCRF:
         if len(features) != len(names):
             raise ValueError(f"features: found {len(features)} arrays, expected {len(names)}, "
                              "one for each kernel")
-        kernels = []
-        for name, F, kept in zip(names, features, earlier or [None] * len(names)):
+
+        def kernel(name, F, kept):
             d = self.params[name].size
             check_array("features", F, (*scores.shape[:-1], d))
             with np.errstate(over="ignore"):     # astray: found when the step is checked
                 sigma = np.exp(self.params[name])
             if kept and np.array_equal(kept.sigma, sigma):
-                kernels.append(kept)
-                continue
+                return kept
             F = array_module(scores).asarray(F).reshape(-1, d)               # (N, d)
             if F.dtype != scores.dtype:          # large offsets want all of their digits
                 F = F.astype(np.float64)
-            kernels.append(GaussianKernel(F, sigma, self.normalization, self.exclude_self,
-                                          self.exact, scores.dtype))
-        return kernels
+            return GaussianKernel(F, sigma, self.normalization, self.exclude_self, self.exact,
+                                  scores.dtype)
+
+        each = list(zip(names, features, earlier or [None] * len(names)))
+        return for_each(lambda one: kernel(*one), each, scores)
 
     def _kept(self, state):
         state = state or self.state

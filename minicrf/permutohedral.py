@@ -225,7 +225,7 @@ def _distinct(keys):
     np.unique would do the same, but its sort is the slow kind where it gives an index.
     """
     xp = array_module(keys)
-    order = keys.argsort()                                # (n,)
+    order = keys.argsort(kind="stable")                   # (n,): they come in sorted runs
     keys = keys[order]
     new = xp.ones(len(keys), dtype=bool)
     new[1:] = keys[1:] != keys[:-1]

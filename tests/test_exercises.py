@@ -42,7 +42,7 @@ PASSES = {
     "kernels.GaussianKernel._without_self": (gradcheck.check_crf, "DenseCRF", [
         ("K_b -= self.kappa[rows] * b[rows]", "pass")]),
     "kernels.GaussianKernel.backward": (gradcheck.check_kernels, ".*: d(W|log_sigma)", [
-        ("- 2 * self._crosses", "+ 2 * self._crosses"),
+        ("- 2 * crosses", "+ 2 * crosses"),
         ("+ K_F2)", ")"),
         ("(sums + diagonal)", "sums")]),
     "kernels.GaussianKernel._sums": (gradcheck.check_kernels, "GaussianKernel, .*: dlog_sigma", [

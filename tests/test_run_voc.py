@@ -128,7 +128,7 @@ def test_the_whole_comparison_in_one_call(toy_set, tmp_path, capsys):
     capsys.readouterr()
     assert experiment.main(arguments) == 0
     left = capsys.readouterr().out.split("\n\n")[0]
-    assert re.findall("--stage ([a-z]+)", left) == ["joint", "eval", "eval"]
+    assert re.findall("--stage ([a-z]+)", left) == ["joint"]
 
 
 def test_what_a_run_starts_from_is_not_overwritten(copy, trained, toy_set, capsys):
