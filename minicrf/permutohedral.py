@@ -222,10 +222,10 @@ def _units(spans):
 def _distinct(keys):
     """The distinct keys, sorted (P,); each key's number among them (n,); an index of each (P,).
 
-    np.unique would do the same, but its sort is the slow kind where it gives an index.
+    np.unique would do the same in up to twice the time, and on a GPU wait more often.
     """
     xp = array_module(keys)
-    order = keys.argsort(kind="stable")                   # (n,): they come in sorted runs
+    order = xp.argsort(keys, kind="stable")               # (n,): they come in sorted runs
     keys = keys[order]
     new = xp.ones(len(keys), dtype=bool)
     new[1:] = keys[1:] != keys[:-1]

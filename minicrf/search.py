@@ -30,7 +30,7 @@ def search(crf, samples, grid=None, finer=True):
     Returns ({name: value} of the best point, [({name: value}, counts (I, L, L))] of all points):
     counts of each sample's pixels, by true label and by label found, for `cross_fitted`.
     Costs an inference for each sample and point, less the lattices, which points of equal widths
-    share: six seconds for each photograph of 500x375 pixels and seven labels (51 points).
+    share: five seconds for each photograph of 500x375 pixels and seven labels (51 points).
     """
     from tqdm import tqdm        # only the bar needs it
 
