@@ -42,6 +42,19 @@ def test_each_point_is_what_the_crf_gives_there():
             assert counts[1][l, m] == ((y == l) & (found == m)).sum()
 
 
+def test_weights_are_tried_on_copies_since_they_go_in_threads():
+    crf, seen = DenseCRF(2, w=(1., 1.)), []
+
+    class Watched(list):
+        def __iter__(self):
+            for sample in super().__iter__():
+                yield sample
+                seen.append(crf.params["w"].tolist())
+
+    search(crf, Watched(noisy(2)), GRID, finer=False)
+    assert seen == [[1, 1], [1, 1]]
+
+
 def test_the_finer_grid_goes_on_around_the_best_point():
     _, table = search(DenseCRF(2), list(noisy(2)), {"w_bilateral": (1., 4.)})
     weights = sorted(point["w_bilateral"] for point, _ in table)
