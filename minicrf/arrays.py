@@ -83,9 +83,6 @@ class Rows:
     def __getitem__(self, rows):
         return self.compute(rows)
 
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self[:], dtype)
-
 
 def rowwise(function, out, *arrays):
     """function(*arrays), which treats each row by itself: (N, .) arrays -> (N, .), written to out.
