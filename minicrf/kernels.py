@@ -25,16 +25,16 @@ class GaussianKernel:
     exact: by brute force in O(N^2), instead of the permutohedral lattice.
     dtype: of the values that it filters; the features' own by default.
 
-    Attributes: `K`, the bare filter, and `n` = K 1 (N,), None without normalisation; `K_with_self`,
-    normalised, still with i = j, and its `diagonal` (N,); `kappa` (N, 1), what is subtracted: the
-    diagonal or, without exclude_self, zeros.
+    Attributes: `sigma`, and `F` = features / sigma; `K`, the bare filter, and `n` = K 1 (N,), None
+    without normalisation; `K_with_self`, normalised, still with i = j, and its `diagonal` (N,);
+    `kappa` (N, 1), what is subtracted: the diagonal or, without exclude_self, zeros.
     """
 
     def __init__(self, features, sigma, normalization="symmetric", exclude_self=True, exact=False,
                  dtype=None):
         xp = array_module(features)
         dtype = dtype or features.dtype
-        self.sigma = sigma                                                   # on the host
+        self.sigma = sigma
         self.F = F = features / xp.asarray(sigma, dtype=features.dtype)      # (N, d)
         self.K = ExactFilter(F, dtype) if exact else PermutohedralLattice(F, dtype)
         self.n, self.K_with_self, self.diagonal = None, self.K, self.K.diagonal
