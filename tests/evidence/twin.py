@@ -10,12 +10,11 @@ import argparse
 import pathlib
 import sys
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import run_voc   # noqa: E402
+import run_voc   # noqa: E402, before NumPy: it settles the threads of the matrix library
+import numpy as np   # noqa: E402
+import torch   # noqa: E402
 from benchmark import peer_output   # noqa: E402
 from minicrf import training   # noqa: E402
 from minicrf.data import loading   # noqa: E402
