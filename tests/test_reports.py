@@ -80,6 +80,14 @@ def test_folders_are_compared_and_those_of_the_same_name_told_apart(tmp_path):
     assert all(f"joint against joint ({tmp_path / name / 'runs'})" in text for name in "ab")
 
 
+def test_after_unary_training_the_crf_is_held_against_the_network(tmp_path):
+    out = folder(tmp_path / "out", "unary", ["unary", "crf"])
+    control = folder(tmp_path / "control", "unary", ["unary", "crf"])
+    text = reports.table(out, [control], Data, "unary")
+    for other in "unary ", "unary (control)", "unary + untrained CRF (control)":
+        assert f"\nunary + untrained CRF against {other}" in text
+
+
 @pytest.mark.parametrize("changed", [
     {"ids": ["a", "c"]}, {"classes": ["x", "y", "w"]}, {"unary": np.full((2, 3, 3), 11)},
     {"ids": ["a"], "unary": np.full((1, 3, 3), 10), "unary_band": np.full((1, 3, 3), 10)}])

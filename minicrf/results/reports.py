@@ -108,7 +108,7 @@ def table(out, also, data, stage):
     text = (f"Validation list, {len(data.val)} images\n" + figures.table(results, data.classes)
             + f"within {metrics.BAND} px: mean IoU of the pixels no further than that from another "
             "class\n")
-    last = [stage for stage in MEASURED if stage in confusions][-1]
+    last = [name for name in confusions if not name.endswith(tuple(where[1:]))][-1]
     others = [name for name in confusions if name != last]
     if others:
         text += "\nDifference of mean IoU, its 95% interval by paired bootstrap over images\n"
