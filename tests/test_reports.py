@@ -115,6 +115,10 @@ def test_a_column_that_would_repeat_another_is_left_out(tmp_path):
     folder(tmp_path / "out", "piecewise", ["unary", "crf"])
     text = reports.table(out, [], Data, "piecewise")
     assert "piecewise against unary " in text and "without" not in text
+    control = dict.fromkeys(("unary", "unary_band"), np.full((2, 3, 3), 10))
+    folder(tmp_path / "control", "unary", [], **control)
+    folder(tmp_path / "control", "searched", ["crf"], **control)
+    assert "without" not in reports.table(out, [str(tmp_path / "control")], Data, "piecewise")
     reports.write(out, "piecewise", reports.counts(out, "piecewise"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "fixed_crf" not in results["unary"] and "before_crf" in results["piecewise"]

@@ -97,9 +97,9 @@ def table(out, also, data, stage):
                 notes += f"not in this table: {stage}{place}, measured on another data set\n"
                 continue
             for name, method in columns(stage).items():
-                # piecewise without CRF is unary
+                # piecewise without CRF is unary, searched in a control its unary
                 repeats = method == "unary" != stage and np.array_equal(
-                    read[method], confusions.get("unary"))
+                    read[method], confusions.get("unary" + place))
                 if method in read and not repeats:
                     confusions[name + place] = read[method]
                     results[name + place] = _figures(read, method)
