@@ -108,6 +108,7 @@ def table(out, also, data, stage):
     text = (f"Validation list, {len(data.val)} images\n" + figures.table(results, data.classes)
             + f"within {metrics.BAND} px: mean IoU of the pixels no further than that from another "
             "class\n")
+    # of this folder's columns, without a place behind the name
     last = [name for name in confusions if not name.endswith(tuple(where[1:]))][-1]
     others = [name for name in confusions if name != last]
     if others:
